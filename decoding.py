@@ -1,0 +1,105 @@
+"""Running text through a model: writing a conversation, prefilling a prompt, greedy answers with a memory attached.
+
+Rows are padded on the left. A `Past` is what attention still sees (the KV cache and its mask); leaving it behind and keeping
+only the Memory is the KV-stripped forward: positions restart at 0 and nothing of the text is in reach but the fast weights.
+"""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from in_place_ttt import InPlaceTTT
+from manifests import UserError
+from memory import Memory
+
+SEGMENT = 1024  # tokens of one forward call while a long text is read; bounds the attention matrix and what a write holds
+
+
+@dataclass
+class Past:
+    """KV cache of B rows and the mask [B, T] of which cached positions are tokens."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+
+    def repeat(self, times: int) -> "Past":
+        """Each row `times` times, side by side, for several questions about one text. Takes the cache over."""
+        self.cache.batch_repeat_interleave(times)
+        return Past(self.cache, self.mask.repeat_interleave(times, 0))
+
+
+def pad_left(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [B, L], right-aligned."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None) -> tuple[torch.Tensor, Past]:
+    """One call of the model after `past`. Returns the logits of the last position [B, V] and the longer Past."""
+    cache = past.cache if past else DynamicCache(config=model.config.get_text_config())
+    mask = torch.cat([past.mask, mask_BL], 1) if past else mask_BL
+    position_BL = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1]:]
+    out = model(input_ids=ids_BL, attention_mask=mask, position_ids=position_BL, past_key_values=cache, use_cache=True,
+                logits_to_keep=1)
+    return out.logits[:, -1], Past(cache, mask)
+
+
+def prefill(model, rows: list[list[int]], pad_id: int, past: Past | None = None) -> tuple[torch.Tensor, Past]:
+    """Read token rows after `past`, in segments. Rows may have different lengths; every row needs a token."""
+    device = next(model.parameters()).device
+    ids, mask = pad_left(rows, pad_id, device)
+    logits = None
+    for start in range(0, ids.shape[1], SEGMENT):
+        logits, past = forward(model, ids[:, start:start + SEGMENT], mask[:, start:start + SEGMENT], past)
+    return logits, past
+
+
+def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memory: Memory | None = None,
+               past: Past | None = None) -> tuple[Memory, Past]:
+    """Write each token row (on top of `memory`, if given) and return the new memory and what attention saw.
+
+    Drop the returned Past for the KV-stripped conditions; keep it to read with the text still in context.
+    """
+    device = next(model.parameters()).device
+    ids, mask = pad_left(rows, pad_id, device)
+    with ttt.write(memory) as writer:
+        for start in range(0, ids.shape[1], SEGMENT):
+            writer.expect(mask[:, start:start + SEGMENT])
+            _, past = forward(model, ids[:, start:start + SEGMENT], mask[:, start:start + SEGMENT], past)
+    return writer.memory(), past
+
+
+@functools.lru_cache(maxsize=4)
+def stop_ids(tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: end of text, end of turn, and everything with a line break in it."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset([i for i, text in enumerate(texts) if "\n" in text] + list(tokenizer.all_special_ids))
+
+
+def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int) -> list[str]:
+    """Continue every row greedily until its line or turn ends; the answers' first lines, stripped."""
+    device = logits_BV.device
+    stops = torch.tensor(sorted(stop_ids(tokenizer)), device=device)
+    alive = torch.ones(logits_BV.shape[0], dtype=torch.bool, device=device)
+    tokens: list[torch.Tensor] = []
+    for step in range(max_new_tokens):
+        chosen = logits_BV.argmax(-1)
+        tokens.append(torch.where(alive, chosen, tokenizer.pad_token_id))
+        alive = alive & ~torch.isin(chosen, stops)
+        if step + 1 == max_new_tokens or not alive.any():
+            break
+        logits_BV, past = forward(model, chosen[:, None], torch.ones_like(chosen)[:, None], past)
+    texts = tokenizer.batch_decode(torch.stack(tokens, 1), skip_special_tokens=True)
+    return [text.split("\n")[0].strip() for text in texts]
+
+
+def check_window(model, longest: int, what: str) -> None:
+    """UserError when a prompt and its answer do not fit the model's window."""
+    window = model.config.get_text_config().max_position_embeddings
+    if longest > window:
+        raise UserError(f"{what}: needs {longest} tokens, the model's window is {window}; shorten it or take another model")

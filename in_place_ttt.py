@@ -1,0 +1,367 @@
+"""In-Place Test-Time Training: MLP fast weights that a frozen decoder writes while it reads (arXiv 2604.06169).
+
+For a gated MLP with input x (the post-norm hidden state), h = act(x W_gate) * (x W_up) and out = h W_down^T, each TTT
+layer writes one outer product per token and reads the sum of all finished chunks:
+
+    target   t_i  = sum_k conv_k * x_{i+k}        depthwise conv, symmetric, never across a chunk border
+    value    v_i  = eta * g_i * (t_i P)           P multiplies on the right; g_i = 1 unless the write gate is on
+    update   dW_c = sum_{i in chunk c} v_i (x) h_i
+    output   O_i  = h_i (W_down + sum_{c' < chunk(i)} dW_c')^T          apply first, then update
+
+Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
+The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP, bit for bit.
+"""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from memory import LayerMemory, Memory, unit
+
+TARGETS = ("hidden_states", "input_embed")
+INITS = ("paper", "shift")
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+    """Which layers hold fast weights and how they are written. Everything here goes into the adapter's manifest."""
+
+    layers: tuple[int, ...]           # decoder layers whose MLP is wrapped, 0-based
+    chunk: int | None                 # tokens per chunk; None: the whole text is one chunk
+    eta: float = 1.0                  # step size of the write
+    kernel: int = 5                   # width of the depthwise conv that builds the target (odd: symmetric)
+    target: str = "hidden_states"     # what the target is made of: the MLP's input, or the token embeddings
+    init: str = "paper"               # paper: conv 0, P diagonal N(0, 0.02); shift: target = next token, P = 0.1 I
+    unit_keys: bool = False           # keys and queries on the unit sphere, so that no token shouts the others down
+    gate: bool = False                # learned write strength per token in (0, 2), 1 at init
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        problems = [
+            (not self.layers, "layers is empty; name at least one decoder layer"),
+            (len(set(self.layers)) != len(self.layers), f"layers {list(self.layers)} names a layer twice; name each once"),
+            (self.chunk is not None and self.chunk < 1, f"chunk is {self.chunk}; use 1 or more tokens, or 'whole' for one chunk"),
+            (self.kernel < 1 or self.kernel % 2 == 0, f"kernel is {self.kernel}; the symmetric conv needs an odd width"),
+            (self.target not in TARGETS, f"target is {self.target!r}; use one of {', '.join(TARGETS)}"),
+            (self.init not in INITS, f"init is {self.init!r}; use one of {', '.join(INITS)}"),
+        ]
+        for wrong, message in problems:
+            if wrong:
+                raise ValueError(f"TTT config: {message}")
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+class FastWeight(nn.Module):
+    """The trained parameters of one TTT layer: conv [D, K], proj P [D, D] and, when gated, gate [D] and its bias."""
+
+    def __init__(self, hidden_size: int, config: TTTConfig, generator: torch.Generator):
+        super().__init__()
+        self.config = config
+        self.conv = nn.Parameter(torch.zeros(hidden_size, config.kernel))
+        noise = torch.randn(hidden_size, generator=generator)
+        if config.init == "paper":
+            self.proj = nn.Parameter(torch.diag(0.02 * noise))
+        else:  # the next token's state, small: a write means something from the first update on
+            self.conv.data[:, min(config.kernel // 2 + 1, config.kernel - 1)] = 1.0
+            self.proj = nn.Parameter(0.1 * torch.eye(hidden_size))
+        if config.gate:
+            self.gate = nn.Parameter(torch.zeros(hidden_size))
+            self.gate_bias = nn.Parameter(torch.zeros(1))
+
+    def value(self, x_BSD: torch.Tensor, position_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
+        """v_BSD in the adapter's dtype (float32) for the tokens of x; pads get zeros.
+
+        Neighbours are looked up by token position, not by column, so pads anywhere between the tokens of a row do not
+        matter. `position` counts a row's real tokens from the start of the text; chunk = position // config.chunk.
+        """
+        x_BSD = x_BSD.to(self.conv.dtype)
+        chunk_BS = chunk_of(position_BS, self.config.chunk)
+        count_B1 = mask_BS.sum(1, keepdim=True)
+        # rank = how many real tokens of this row stand before the column; column_of = its inverse (pads sorted last)
+        rank_BS = mask_BS.cumsum(1) - 1
+        column_of_BS = torch.where(mask_BS, rank_BS, mask_BS.shape[1]).argsort(dim=1, stable=True)
+        target_BSD = torch.zeros_like(x_BSD)
+        for k in range(self.config.kernel):
+            neighbour_BS = rank_BS + (k - self.config.kernel // 2)
+            inside_BS = (neighbour_BS >= 0) & (neighbour_BS < count_B1)
+            column_BS = column_of_BS.gather(1, neighbour_BS.clamp(0, mask_BS.shape[1] - 1))
+            same_chunk_BS = inside_BS & (chunk_BS.gather(1, column_BS) == chunk_BS)
+            shifted_BSD = x_BSD.gather(1, column_BS.unsqueeze(-1).expand_as(x_BSD))
+            target_BSD = target_BSD + shifted_BSD * same_chunk_BS.unsqueeze(-1) * self.conv[:, k]
+        strength_BS = self.strength(x_BSD) * mask_BS
+        return (target_BSD @ self.proj) * strength_BS.unsqueeze(-1)
+
+    def strength(self, x: torch.Tensor) -> torch.Tensor:
+        """eta times the write gate, one number a token: [..., D] -> [...]."""
+        if self.config.gate:
+            return self.config.eta * 2 * torch.sigmoid(x @ self.gate + self.gate_bias)
+        return torch.full_like(x[..., 0], self.config.eta)
+
+    def chunk_value(self, x_CD: torch.Tensor) -> torch.Tensor:
+        """v_CD of one whole chunk without pads, by the library's conv1d; what the sequential form writes."""
+        x_CD = x_CD.to(self.conv.dtype)
+        target_DC = nn.functional.conv1d(x_CD.T, self.conv[:, None, :], padding=self.config.kernel // 2, groups=x_CD.shape[1])
+        return (target_DC.T @ self.proj) * self.strength(x_CD).unsqueeze(-1)
+
+    def key(self, h: torch.Tensor) -> torch.Tensor:
+        """What is written and what asks: h itself, or h on the unit sphere."""
+        return unit(h) if self.config.unit_keys else h
+
+
+def chunk_of(position: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """Chunk number of each token position; one chunk for everything when `chunk` is None."""
+    return torch.zeros_like(position) if chunk is None else position // chunk
+
+
+class TTTMLP(nn.Module):
+    """Stands where layer.mlp stood and shares its weights; a plain call unless its owner is writing or reading."""
+
+    def __init__(self, base: nn.Module, index: int, owner: "InPlaceTTT"):
+        super().__init__()
+        self.base = base
+        self.index = index
+        self._owner = (owner,)  # a tuple, so that the adapter is not registered as a part of the base
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        session = self._owner[0].session
+        if session is None:
+            return self.base(x_BLD)
+        h_BLF = self.base.act_fn(self.base.gate_proj(x_BLD)) * self.base.up_proj(x_BLD)
+        share_BLD = session.layer(self.index, x_BLD, h_BLF)
+        out_BLD = self.base.down_proj(h_BLF)
+        return out_BLD if share_BLD is None else out_BLD + share_BLD.to(out_BLD.dtype)
+
+
+class InPlaceTTT(nn.Module):
+    """The adapter: one FastWeight per TTT layer, attached to a Hugging Face decoder that it does not own.
+
+    Args:
+        model: any causal LM whose decoder layers have an MLP with gate_proj, up_proj, down_proj and act_fn.
+        config: layers out of range, or an MLP of another shape, raise ValueError.
+        seed: of the initial P.
+    """
+
+    def __init__(self, model: nn.Module, config: TTTConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.session: Writer | Reader | None = None
+        decoder = model.get_decoder()
+        check_layers(decoder.layers, config.layers)
+        hidden_size = decoder.config.hidden_size
+        generator = torch.Generator().manual_seed(seed)
+        self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, config, generator) for i in config.layers})
+        self._decoder = (decoder,)
+        for i in config.layers:
+            decoder.layers[i].mlp = TTTMLP(decoder.layers[i].mlp, i, self)
+        self.fast.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
+
+    def detach(self) -> None:
+        """Put the base MLPs back; the model is as it was before."""
+        for i in self.config.layers:
+            self._decoder[0].layers[i].mlp = self._decoder[0].layers[i].mlp.base
+
+    def down_proj(self, index: int) -> nn.Module:
+        return self._decoder[0].layers[index].mlp.base.down_proj
+
+    @contextmanager
+    def _mode(self, session):
+        if self.session is not None:
+            raise RuntimeError("TTT modes do not nest: leave the current write or read first")
+        self.session = session
+        hook = None
+        if isinstance(session, Writer) and self.config.target == "input_embed":
+            hook = self._decoder[0].get_input_embeddings().register_forward_hook(session.on_embeddings)
+        try:
+            yield session
+        finally:
+            self.session = None
+            if hook is not None:
+                hook.remove()
+
+    def write(self, memory: Memory | None = None, differentiable: bool = False, form: str = "parallel"):
+        """Context in which every forward of the model writes. Announce each call's tokens with `writer.expect(mask)`.
+
+        Args:
+            memory: what was written before; it is applied from the first token on, and the result continues it.
+            differentiable: keep what was written so that `writer.memory()` carries gradients to the adapter.
+            form: "parallel" (block-causal linear attention) or "sequential" (a running W, chunk after chunk: the oracle).
+        Yields the Writer; after the context, `writer.memory()` flushes the last, partial chunk and returns the Memory.
+        """
+        return self._mode(Writer(self, memory, differentiable, form))
+
+    def read(self, memory: Memory):
+        """Context in which the model answers with `memory` attached; nothing is written.
+
+        A batch of k times the memory's rows asks k neighbouring questions of each row (see LayerMemory.read).
+        """
+        return self._mode(Reader(self, memory))
+
+
+def check_layers(decoder_layers, wanted) -> None:
+    """Raise ValueError unless every wanted layer exists, is free, and has a gated MLP."""
+    for i in wanted:
+        if not 0 <= i < len(decoder_layers):
+            raise ValueError(f"TTT config: layer {i} is out of range; this model has layers 0 to {len(decoder_layers) - 1}")
+        mlp = decoder_layers[i].mlp
+        if isinstance(mlp, TTTMLP):
+            raise ValueError(f"TTT config: layer {i} already carries fast weights; detach() the other adapter first")
+        missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not hasattr(mlp, name)]
+        if missing:
+            raise ValueError(f"TTT config: layer {i} has an MLP without {', '.join(missing)}; only gated MLPs can be wrapped")
+
+
+class Reader:
+    """Adds a finished memory's share to each TTT layer's output."""
+
+    def __init__(self, owner: InPlaceTTT, memory: Memory):
+        if set(memory.layers) != set(owner.config.layers):
+            raise ValueError(f"memory holds layers {sorted(memory.layers)}, the adapter has {sorted(owner.config.layers)}")
+        self.owner, self.memory = owner, memory
+
+    def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
+        return self.memory.layers[index].read(self.owner.fast[str(index)].key(h_BLF))
+
+
+@dataclass
+class Pending:
+    """Tokens held as raw inputs x, keys, and the flags that keep pads and written tokens out, all [B, P, ...].
+
+    real: not a pad. fresh: real and not yet in the folded memory (a few written tokens stay on as the conv's left context).
+    position: how many real tokens of the row stand before this one.
+    """
+
+    x: torch.Tensor
+    key: torch.Tensor
+    real: torch.Tensor
+    fresh: torch.Tensor
+    position: torch.Tensor
+
+    def fields(self):
+        return self.x, self.key, self.real, self.fresh, self.position
+
+    def append(self, other: "Pending") -> "Pending":
+        return Pending(*(torch.cat(pair, 1) for pair in zip(self.fields(), other.fields())))
+
+    def keep(self, wanted_BS: torch.Tensor) -> "Pending":
+        """Only the wanted tokens, moved to the right end; shorter rows get pads on the left."""
+        width = int(wanted_BS.sum(1).max())
+        column_BS = wanted_BS.to(torch.int8).argsort(dim=1, stable=True)[:, wanted_BS.shape[1] - width:]
+        x, key, real, fresh, position = (pick_columns(t, column_BS) for t in self.fields())
+        kept_BS = wanted_BS.gather(1, column_BS)
+        return Pending(x, key, real & kept_BS, fresh & kept_BS, position)
+
+
+def pick_columns(t: torch.Tensor, column_BS: torch.Tensor) -> torch.Tensor:
+    """t [B, P, ...] gathered along its second dimension at column_BS [B, S]."""
+    return t.gather(1, column_BS.reshape(*column_BS.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+
+
+class Writer:
+    """One text being written, over one or several forward calls (see InPlaceTTT.write)."""
+
+    def __init__(self, owner: InPlaceTTT, memory: Memory | None, differentiable: bool, form: str):
+        if form not in ("parallel", "sequential"):
+            raise ValueError(f"form is {form!r}; use parallel or sequential")
+        self.owner, self.start = owner, memory
+        self.differentiable, self.form = differentiable, form
+        self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
+        self.pending: dict[int, Pending] = {}
+        self.tokens_B: torch.Tensor | None = None
+        self._real_BL = self._position_BL = self._embed_BLD = None
+
+    def expect(self, mask_BL: torch.Tensor) -> None:
+        """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L]."""
+        if self.form == "sequential" and self.tokens_B is not None:
+            raise RuntimeError("the sequential form writes a text in one forward call; use parallel to go on")
+        self._real_BL = mask_BL.bool()
+        before_B = torch.zeros_like(mask_BL[:, 0], dtype=torch.long) if self.tokens_B is None else self.tokens_B
+        self._position_BL = (before_B[:, None] + self._real_BL.cumsum(1) - 1).clamp(min=0)
+        self.tokens_B = before_B + self._real_BL.sum(1)
+
+    def on_embeddings(self, module, inputs, output) -> None:
+        self._embed_BLD = output
+
+    def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor | None:
+        if self._real_BL is None or self._real_BL.shape != x_BLD.shape[:2]:
+            announced = None if self._real_BL is None else tuple(self._real_BL.shape)
+            raise RuntimeError(f"a forward of {tuple(x_BLD.shape[:2])} tokens while writing, but expect() announced {announced}")
+        fast = self.owner.fast[str(index)]
+        source_BLD = x_BLD if self.owner.config.target == "hidden_states" else self._embed_BLD
+        new = Pending(source_BLD, fast.key(h_BLF), self._real_BL, self._real_BL, self._position_BL)
+        if self.form == "sequential":
+            return self._sequential(index, fast, new)
+        held = self.pending[index].append(new) if index in self.pending else new
+        share_BLD = self._visible_share(index, fast, held, new)
+        self.pending[index] = held if self.differentiable else self._fold(index, fast, held)
+        return share_BLD
+
+    def _visible_share(self, index: int, fast: FastWeight, held: Pending, new: Pending) -> torch.Tensor | None:
+        """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk."""
+        chunk = self.owner.config.chunk
+        if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
+            return self.start.layers[index].read(new.key) if self.start else None
+        value_BSD = fast.value(held.x, held.position, held.real) * held.fresh.unsqueeze(-1)
+        visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
+        score_BLS = (new.key @ held.key.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
+        share_BLD = score_BLS @ value_BSD
+        return share_BLD + self.done[index].read(new.key) if index in self.done else share_BLD
+
+    def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
+        """Move the tokens whose value can no longer change into the memory; return what must still be held.
+
+        A value is settled once its chunk is over; in the whole-text chunk, whose memory is not applied before the end,
+        as soon as the right half of the conv stands behind it.
+        """
+        chunk, reach = self.owner.config.chunk, self.owner.config.kernel // 2
+        open_from_B = (self.tokens_B - reach).clamp(min=0) if chunk is None else self.tokens_B // chunk * chunk
+        settled_BS = held.fresh & (held.position < open_from_B[:, None])
+        self._add(index, fast, held, settled_BS)
+        rest = Pending(held.x, held.key, held.real, held.fresh & ~settled_BS, held.position)
+        return rest.keep(held.real & (held.position >= (open_from_B - reach)[:, None]))
+
+    def _add(self, index: int, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> None:
+        value_BSD = fast.value(held.x, held.position, held.real) * chosen_BS.unsqueeze(-1)
+        update = LayerMemory.factored(held.key, value_BSD)
+        self.done[index] = self.done[index].plus(update) if index in self.done else update
+        if not self.differentiable:
+            self.done[index] = self.done[index].smaller_form()
+
+    def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
+        """The oracle: row by row, chunk after chunk, a running dense update; its own plain conv1d."""
+        before = self.start.layers[index].to_dense() if self.start else None
+        rows, updates = [], []
+        for b in range(new.x.shape[0]):
+            real = new.real[b].nonzero()[:, 0]
+            x_LD, key_LF = new.x[b, real], new.key[b, real]
+            update_DF = before.update[b] if before else fast.conv.new_zeros(x_LD.shape[1], key_LF.shape[1])
+            share_LD = torch.zeros(new.x.shape[1], x_LD.shape[1], dtype=update_DF.dtype, device=x_LD.device)
+            for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
+                share_LD[real[tokens]] = key_LF[tokens].to(update_DF.dtype) @ update_DF.T
+                update_DF = update_DF + fast.chunk_value(x_LD[tokens]).T @ key_LF[tokens].to(update_DF.dtype)
+            rows.append(share_LD)
+            updates.append(update_DF)
+        self.done[index] = LayerMemory.dense(torch.stack(updates))
+        return torch.stack(rows)
+
+    def memory(self) -> Memory:
+        """Flush the last, partial chunk and return everything written, one row per batch row.
+
+        Call it once, after the context; with `differentiable` and gradients enabled it is a function of the adapter.
+        """
+        if self.tokens_B is None:
+            raise RuntimeError("nothing was written: no forward ran inside the write context")
+        for index, held in self.pending.items():
+            self._add(index, self.owner.fast[str(index)], held, held.fresh)
+        self.pending = {}
+        chunk = self.owner.config.chunk
+        chunks_B = (self.tokens_B > 0).long() if chunk is None else -(-self.tokens_B // chunk)
+        tokens_B = self.tokens_B
+        if self.start:
+            tokens_B, chunks_B = tokens_B + self.start.tokens, chunks_B + self.start.chunks
+        norms = {i: float(self.owner.down_proj(i).weight.detach().float().norm()) for i in self.done}
+        return Memory(dict(sorted(self.done.items())), tokens_B, chunks_B, norms)

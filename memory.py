@@ -1,0 +1,254 @@
+"""The memory object: what writing leaves behind in each TTT layer, and everything one may do with it.
+
+A layer's memory is the update dW = sum_i v_i (x) k_i. It is kept factored (keys [B, S, F] and values [B, S, D]) while that is
+smaller than the dense update [B, D, F], and dense after; both read the same answers.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class MemoryFileError(ValueError):
+    """A memory file that cannot be used; the message names the file and the mend."""
+
+
+def unit(h: torch.Tensor) -> torch.Tensor:
+    """h on the unit sphere along its last dimension, in h's dtype; a zero vector stays zero."""
+    wide = h if h.dtype == torch.float64 else h.float()
+    return (wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-6)).to(h.dtype)
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64)."""
+
+    keys: torch.Tensor | None = None      # [B, S, F], dtype of the model
+    values: torch.Tensor | None = None    # [B, S, D]
+    update: torch.Tensor | None = None    # [B, D, F]
+
+    @classmethod
+    def factored(cls, keys_BSF: torch.Tensor, values_BSD: torch.Tensor) -> "LayerMemory":
+        return cls(keys=keys_BSF, values=values_BSD)
+
+    @classmethod
+    def dense(cls, update_BDF: torch.Tensor) -> "LayerMemory":
+        return cls(update=update_BDF)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.update is not None
+
+    @property
+    def batch(self) -> int:
+        return (self.update if self.is_dense else self.values).shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"update": self.update} if self.is_dense else {"keys": self.keys, "values": self.values}
+
+    def map(self, function) -> "LayerMemory":
+        return LayerMemory(**{name: function(t) for name, t in self.tensors().items()})
+
+    def read(self, query_NLF: torch.Tensor) -> torch.Tensor:
+        """query dW^T, [N, L, F] -> [N, L, D] in the memory's dtype.
+
+        N is a multiple of the memory's B rows: N / B neighbouring queries share one row without a copy of it.
+        """
+        if query_NLF.shape[0] % self.batch:
+            raise ValueError(f"a memory of {self.batch} rows cannot serve a batch of {query_NLF.shape[0]}; use memory.select(rows)")
+        query_BMF = query_NLF.reshape(self.batch, -1, query_NLF.shape[2])
+        if self.is_dense:
+            out_BMD = query_BMF.to(self.update.dtype) @ self.update.transpose(1, 2)
+        else:
+            out_BMD = (query_BMF @ self.keys.transpose(1, 2)).to(self.values.dtype) @ self.values
+        return out_BMD.reshape(*query_NLF.shape[:2], -1)
+
+    def to_dense(self) -> "LayerMemory":
+        if self.is_dense:
+            return self
+        return LayerMemory.dense(self.values.transpose(1, 2) @ self.keys.to(self.values.dtype))
+
+    def smaller_form(self) -> "LayerMemory":
+        """Dense once S slots cost more numbers than the D x F update does; factored before."""
+        if self.is_dense:
+            return self
+        (_, slots, feed_forward), hidden = self.keys.shape, self.values.shape[2]
+        return self.to_dense() if slots * (feed_forward + hidden) > feed_forward * hidden else self
+
+    def plus(self, other: "LayerMemory") -> "LayerMemory":
+        """The sum of two updates, row by row."""
+        if self.is_dense or other.is_dense:
+            return LayerMemory.dense(self.to_dense().update + other.to_dense().update)
+        return LayerMemory.factored(torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1))
+
+    def norm(self) -> torch.Tensor:
+        """Frobenius norm of dW, [B], without building it when factored: |dW|^2 = sum_ij (v_i . v_j)(k_i . k_j)."""
+        if self.is_dense:
+            return self.update.flatten(1).norm(dim=1)
+        keys = self.keys.to(self.values.dtype)
+        square_B = ((keys @ keys.transpose(1, 2)) * (self.values @ self.values.transpose(1, 2))).sum((1, 2))
+        return square_B.clamp(min=0).sqrt()
+
+    def compact(self, rank: int) -> "LayerMemory":
+        """The best rank-`rank` update in Frobenius norm (truncated SVD), factored with `rank` slots."""
+        left, scale, right = torch.linalg.svd(self.to_dense().update, full_matrices=False)
+        values_BRD = (left * scale.unsqueeze(1))[:, :, :rank].transpose(1, 2).contiguous()
+        return LayerMemory.factored(right[:, :rank].contiguous(), values_BRD)
+
+    def padded(self, slots: int) -> "LayerMemory":
+        """The same factored memory with empty slots up to `slots`."""
+        pad = lambda t: torch.nn.functional.pad(t, (0, 0, 0, slots - t.shape[1]))
+        return self.map(pad)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Fast weights of B conversations: {layer: LayerMemory}, counts per row, and each layer's |W_down| for scale."""
+
+    layers: dict[int, LayerMemory]
+    tokens: torch.Tensor                  # [B] tokens written
+    chunks: torch.Tensor                  # [B] chunks written
+    weight_norms: dict[int, float]        # Frobenius norm of W_down per layer
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    def _map(self, function) -> "Memory":
+        return replace(self, layers={i: function(layer) for i, layer in self.layers.items()})
+
+    def to(self, device) -> "Memory":
+        moved = self._map(lambda layer: layer.map(lambda t: t.to(device)))
+        return replace(moved, tokens=self.tokens.to(device), chunks=self.chunks.to(device))
+
+    def detach(self) -> "Memory":
+        return self._map(lambda layer: layer.map(torch.Tensor.detach))
+
+    def select(self, rows) -> "Memory":
+        """The given rows, in that order; a row may be taken several times. IndexError when a row does not exist."""
+        rows = torch.as_tensor(rows, device=self.tokens.device)
+        picked = self._map(lambda layer: layer.map(lambda t: t[rows]))
+        return replace(picked, tokens=self.tokens[rows], chunks=self.chunks[rows])
+
+    def dense(self) -> "Memory":
+        return self._map(LayerMemory.to_dense)
+
+    def compact(self, rank: int) -> "Memory":
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; a compacted memory keeps 1 direction or more")
+        return self._map(lambda layer: layer.compact(rank))
+
+    def scale(self, factor: float) -> "Memory":
+        """The update times `factor`; counts stay."""
+        return self._map(lambda layer: LayerMemory.dense(layer.update * factor) if layer.is_dense
+                         else LayerMemory.factored(layer.keys, layer.values * factor))
+
+    def merge(self, other: "Memory") -> "Memory":
+        """Row by row the sum of two memories, as if neither text had been read while the other was written."""
+        self._same_shape(other)
+        if other.batch != self.batch:
+            raise ValueError(f"memories of {self.batch} and {other.batch} rows do not merge row by row")
+        layers = {i: layer.plus(other.layers[i]) for i, layer in self.layers.items()}
+        return replace(self, layers=layers, tokens=self.tokens + other.tokens, chunks=self.chunks + other.chunks)
+
+    @staticmethod
+    def stack(memories: list["Memory"]) -> "Memory":
+        """Memories one below the other as rows of one batch; short factored ones get empty slots."""
+        first = memories[0]
+        for other in memories[1:]:
+            first._same_shape(other)
+        layers = {i: _stack_layer([m.layers[i] for m in memories]) for i in first.layers}
+        tokens, chunks = (torch.cat([getattr(m, name) for m in memories]) for name in ("tokens", "chunks"))
+        return replace(first, layers=layers, tokens=tokens, chunks=chunks)
+
+    def _same_shape(self, other: "Memory") -> None:
+        if set(self.layers) != set(other.layers):
+            raise ValueError(f"memories of layers {sorted(self.layers)} and {sorted(other.layers)} do not go together")
+
+    def noise_like(self, generator: torch.Generator) -> "Memory":
+        """A random update with this one's Frobenius norm in every layer and row: the perturbation control.
+
+        Gaussian factors with as many slots as were written (capped by the layer's rank), so it is low-rank like a memory.
+        """
+        def random_layer(layer: LayerMemory) -> LayerMemory:
+            shape = layer.update.shape if layer.is_dense else (layer.batch, layer.values.shape[2], layer.keys.shape[2])
+            slots = min(shape[1], shape[1] if layer.is_dense else layer.keys.shape[1])
+            like = layer.update if layer.is_dense else layer.values
+            draw = lambda width: torch.randn(shape[0], slots, width, generator=generator).to(like)
+            noise = LayerMemory.factored(draw(shape[2]).to((layer.update if layer.is_dense else layer.keys).dtype), draw(shape[1]))
+            factor_B = layer.norm() / noise.norm().clamp(min=1e-12)
+            return LayerMemory.factored(noise.keys, noise.values * factor_B[:, None, None])
+
+        return self._map(random_layer)
+
+    def update_norms(self) -> dict[int, torch.Tensor]:
+        """|dW| / |W_down| per layer, each [B]."""
+        return {i: layer.norm() / self.weight_norms[i] for i, layer in self.layers.items()}
+
+    def update_norm(self) -> torch.Tensor:
+        """|dW| / |W_down|, mean over the TTT layers, [B]."""
+        return torch.stack(list(self.update_norms().values())).mean(0)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in layer.tensors().values())
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        named = {f"{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}
+        return named | {"tokens": self.tokens, "chunks": self.chunks}
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, dtypes and bytes: equal digests mean the same memory, bit for bit."""
+        return tensors_digest(self.named_tensors())
+
+    def save(self, path) -> None:
+        """Write one safetensors file with its digest inside; written whole or not at all."""
+        path = Path(path)
+        metadata = {"digest": self.digest(), "weight_norms": json.dumps(self.weight_norms)}
+        part = path.with_name(path.name + ".part")
+        save_file({name: t.detach().contiguous().cpu() for name, t in self.named_tensors().items()}, str(part), metadata)
+        os.replace(part, path)
+
+    @staticmethod
+    def load(path, device="cpu") -> "Memory":
+        """Read a file that `save` wrote; MemoryFileError when it is missing, cut short or changed."""
+        path = Path(path)
+        if not path.is_file():
+            raise MemoryFileError(f"{path}: no such memory file; write one with Memory.save")
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except SafetensorError as error:
+            raise MemoryFileError(f"{path}: not a whole safetensors file ({error}); write the memory again") from error
+        if metadata.get("digest") != tensors_digest(tensors):
+            raise MemoryFileError(f"{path}: its content does not match its digest; write the memory again")
+        layers: dict[int, dict] = {}
+        for name in (n for n in tensors if "." in n):
+            layers.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = tensors[name]
+        norms = {int(i): norm for i, norm in json.loads(metadata["weight_norms"]).items()}
+        memory = Memory({i: LayerMemory(**layers[i]) for i in sorted(layers)}, tensors["tokens"], tensors["chunks"], norms)
+        return memory.to(device)
+
+
+def _stack_layer(layers: list[LayerMemory]) -> LayerMemory:
+    if any(layer.is_dense for layer in layers):
+        return LayerMemory.dense(torch.cat([layer.to_dense().update for layer in layers]))
+    slots = max(layer.keys.shape[1] for layer in layers)
+    padded = [layer.padded(slots) for layer in layers]
+    return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]))
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over sorted names with shape, dtype and raw bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous().cpu()
+        sha.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
+        sha.update(t.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()

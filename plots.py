@@ -1,0 +1,233 @@
+"""The figures, drawn from the report and the training logs alone; a figure that has no data is not made."""
+import os
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmark_file import CATEGORIES
+from report_tables import LANGUAGES, LEVELS, arm_text, langs_of, names_of
+from results_files import POSITIONS, condition_order
+
+matplotlib.use("Agg")  # files only, no display
+
+DPI = 150
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.color": "0.9", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
+         "figure.titlesize": 11, "figure.constrained_layout.use": True,
+         "figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.1}
+
+
+def draw_all(report, curves, folder):
+    """Write the figures into folder; returns a line for each that could not be made (an old file of it is removed)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reasons = {"b_vs_d": "B_memory and D_distractor have no level-3 conversation in common",
+               "em_by_position": "no prediction has a position", "training_curve": "no run's adapter has a train.jsonl"}
+    notes = []
+    with matplotlib.rc_context(STYLE):
+        figures = {"em_by_condition": em_by_condition(report), "category_heatmap": category_heatmap(report),
+                   "em_by_position": em_by_position(report), "b_vs_d": b_vs_d(report),
+                   "training_curve": training_curve(curves)}
+        for name, figure in figures.items():
+            path = folder / f"{name}.png"
+            if figure is None:
+                path.unlink(missing_ok=True)
+                notes.append(f"{path.name} is not made: {reasons[name]}.")
+                continue
+            temporary = path.with_name(path.name + ".tmp")
+            figure.savefig(temporary, dpi=DPI, format="png")
+            os.replace(temporary, path)
+    return notes
+
+
+# --- panels ---------------------------------------------------------------------------------------------------
+
+def panels_of(report, has_data=lambda arm, lang: True):
+    return [(arm, lang) for arm in report["arms"] for lang in langs_of([arm]) if has_data(arm, lang)]
+
+
+def grid(panels, width, heights, title):
+    """A figure with one axes per (arm, language), in at most two columns; heights: inches of each panel's plot."""
+    columns = min(2, len(panels))
+    rows = [max(heights[start:start + columns]) for start in range(0, len(panels), columns)]
+    figure = Figure(figsize=(max(width * columns, 6.4), sum(rows) + 1.2 * len(rows) + 0.8))
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).ravel()
+    figure.suptitle(title)
+    for spare in axes[len(panels):]:
+        spare.set_visible(False)
+    return figure, axes[:len(panels)]
+
+
+def panel_title(arm, lang, *more):
+    return "\n".join([f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]}", *more])
+
+
+def error_bars(cells):
+    """Distances (2, N) from the value down and up to the interval's ends; no interval: zero length."""
+    ends = [cell["em_ci"] or [cell["em"], cell["em"]] for cell in cells]
+    return np.array([[max(cell["em"] - low, 0), max(high - cell["em"], 0)] for cell, (low, high) in zip(cells, ends)]).T
+
+
+def em_axis(axes):
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.set_ylabel("exact match")
+
+
+def span(values):
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+# --- figures --------------------------------------------------------------------------------------------------
+
+def em_by_condition(report):
+    panels = panels_of(report)
+    figure, axes = grid(panels, 6.0, [2.9] * len(panels),
+                        "Exact match by condition and level\n(bars: 95% bootstrap over conversations)")
+    for ax, (arm, lang) in zip(axes, panels):
+        names, counts = names_of([arm], "conditions", lang), []
+        for index, level in enumerate(LEVELS):
+            cells = {name: arm["conditions"][name][level][lang] for name in names
+                     if lang in arm["conditions"][name].get(level, {})}
+            if cells:
+                counts.append(f"level {level}: n = {span([cell['n'] for cell in cells.values()])}")
+                ax.errorbar([names.index(name) + 0.22 * (index - 1) for name in cells],
+                            [cell["em"] for cell in cells.values()], error_bars(cells.values()), fmt=MARKERS[index],
+                            color=COLORS[index], markersize=5, capsize=2, label=f"level {level}")
+        em_axis(ax)
+        ax.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.set_title(panel_title(arm, lang, "; ".join(counts)))
+    shared_legend(figure, axes)
+    return figure
+
+
+def shared_legend(figure, axes):
+    """One legend for all panels, below them."""
+    entries = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    labels = sorted(entries, key=label_order)
+    figure.legend([entries[label] for label in labels], labels, loc="outside lower center",
+                  ncols=min(len(labels), int(figure.get_figwidth() // 2)))
+
+
+def pooled_cells(arm, lang, field):
+    """{condition with the levels it ran on: {category or position: cell}}, for the conditions that have any."""
+    return {f"{name} (L{''.join(map(str, by_lang[lang]['levels']))})": by_lang[lang][field]
+            for name, by_lang in arm["pooled_levels"].items() if by_lang.get(lang, {}).get(field)}
+
+
+def category_heatmap(report):
+    panels = panels_of(report)
+    tables = [pooled_cells(arm, lang, "by_category") for arm, lang in panels]
+    figure, axes = grid(panels, 7.4, [0.38 * len(table) for table in tables],
+                        "Exact match by condition and category (small: n probes; L: levels pooled)")
+    for ax, (arm, lang), table in zip(axes, panels, tables):
+        used = [name for name in CATEGORIES if any(name in cells for cells in table.values())]
+        values = [[cells[name]["em"] if name in cells else np.nan for name in used] for cells in table.values()]
+        image = ax.imshow(np.array(values), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        annotate(ax, table, used)
+        ax.set_xticks(range(len(used)), used, fontsize=8)
+        ax.set_yticks(range(len(table)), table, fontsize=8)
+        ax.grid(False)
+        ax.set_title(panel_title(arm, lang))
+    figure.colorbar(image, ax=list(axes), label="exact match", fraction=0.03, pad=0.01)
+    return figure
+
+
+def label_order(label):
+    return condition_order(label.split(" ")[0])
+
+
+def annotate(ax, table, columns):
+    """EM and n in each field, in the ink that reads on its colour."""
+    for row, cells in enumerate(table.values()):
+        for column, name in enumerate(columns):
+            if name in cells:
+                ink = "black" if cells[name]["em"] > 0.5 else "white"
+                ax.text(column, row - 0.12, f"{cells[name]['em']:.2f}", ha="center", va="center", color=ink, fontsize=8)
+                ax.text(column, row + 0.27, f"{cells[name]['n']}", ha="center", va="center", color=ink, fontsize=5.5)
+
+
+def em_by_position(report):
+    panels = panels_of(report, lambda arm, lang: pooled_cells(arm, lang, "by_position"))
+    if not panels:
+        return None
+    figure, axes = grid(panels, 6.0, [2.6] * len(panels),
+                        "Exact match by the third of the conversation where the fact stands\n"
+                        "(bars: 95% bootstrap over conversations; L: levels pooled)")
+    order = sorted({name for arm, lang in panels for name in pooled_cells(arm, lang, "by_position")}, key=label_order)
+    for ax, (arm, lang) in zip(axes, panels):
+        table = pooled_cells(arm, lang, "by_position")
+        for name, cells in table.items():
+            position_line(ax, name, cells, order)
+        n = [span([cells[place]["n"] for cells in table.values() if place in cells] or [0]) for place in POSITIONS]
+        ax.set_xticks(range(3), [f"{place} third\nn = {count}" for place, count in zip(POSITIONS, n)])
+        ax.set_xlim(-0.4, 2.4)
+        em_axis(ax)
+        ax.set_title(panel_title(arm, lang))
+    shared_legend(figure, axes)
+    return figure
+
+
+def position_line(ax, name, cells, order):
+    """One condition; set a little apart sideways so that intervals do not cover each other."""
+    index = label_order(name)[0]  # the same colour and marker for a condition in every report
+    offset = 0.5 * (order.index(name) - (len(order) - 1) / 2) / len(order)
+    places = [place for place in POSITIONS if place in cells]
+    ax.errorbar([POSITIONS.index(place) + offset for place in places], [cells[place]["em"] for place in places],
+                error_bars([cells[place] for place in places]), color=COLORS[index % len(COLORS)],
+                marker=MARKERS[index % len(MARKERS)], linestyle="-" if index < len(COLORS) else "--",
+                markersize=4, linewidth=1, capsize=2, label=name)
+
+
+def b_vs_d(report):
+    panels = panels_of(report, lambda arm, lang: arm["b_vs_d"].get(lang))
+    if not panels:
+        return None
+    figure, axes = grid(panels, 4.6, [3.9] * len(panels),
+                        "Exact match per level-3 conversation, without and with distractor\n"
+                        "(area: number of conversations; below the line: lost to the distractor)")
+    for ax, (arm, lang) in zip(axes, panels):
+        b, d, count = np.array(arm["b_vs_d"][lang]).T
+        ax.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        ax.scatter(b, d, s=300 * count / count.max(), color=COLORS[0], alpha=0.6, edgecolor="white", linewidth=0.5)
+        em_axis(ax)
+        ax.set_xlim(-0.08, 1.08)
+        ax.set_ylim(-0.08, 1.08)
+        ax.set_box_aspect(1)
+        ax.set_xlabel("B_memory")
+        ax.set_ylabel("D_distractor")
+        below, above = int(count[d < b].sum()), int(count[d > b].sum())
+        ax.set_title(panel_title(arm, lang, f"n = {int(count.sum())} conversations, largest dot: {int(count.max())}",
+                                 f"{below} below the line, {above} above"))
+    return figure
+
+
+def training_curve(curves):
+    """Loss and token accuracy per update; a running mean where a log is long enough to be noisy."""
+    if not curves:
+        return None
+    figure = Figure(figsize=(9.6, 3.4 + 0.2 * len(curves)))
+    figure.suptitle("Training")
+    for ax, field, label in zip(figure.subplots(1, 2), ("loss", "token_accuracy"), ("loss", "token accuracy")):
+        for index, (name, rows) in enumerate(curves.items()):
+            updates = np.array([row["update"] for row in rows])
+            values = np.array([row[field] for row in rows], dtype=float)
+            style = {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
+            width = max(1, len(rows) // 50)
+            if width > 1:
+                ax.plot(updates, values, color=style["color"], linewidth=0.6, alpha=0.25)
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            ax.plot(updates[width - 1:], smooth, linewidth=1.4, label=f"{name} ({updates[-1]} updates)", **style)
+        noisy = any(len(rows) >= 100 for rows in curves.values())
+        ax.set_xlabel("update (thick: running mean)" if noisy else "update")
+        ax.set_ylabel(label)
+    figure.axes[1].set_ylim(-0.03, 1.03)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=1 if len(curves) < 4 else 2)
+    return figure

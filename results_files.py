@@ -1,0 +1,159 @@
+"""Folders of results: reading run.json, predictions.jsonl and train.jsonl, and grouping the runs into arms.
+
+Every defect raises ResultsError with one line that names the file, the line or field, and the mend.
+"""
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import benchmark_file
+
+RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (str,), "seed": (int, type(None)),
+              "adapter": (str, type(None)), "benchmark": (dict,), "conditions": (list,), "levels": (list,),
+              "langs": (list,), "commit": (str,), "command": (str,), "versions": (dict,), "device": (str,),
+              "dtype": (str,), "complete": (bool,), "rows": (int,)}
+ROW_FIELDS = {"sample_id": (str,), "level": (int,), "lang": (str,), "probe_id": (str,), "condition": (str,),
+              "gold": (str,), "aliases": (list,), "prediction": (str,), "update_norm": (float, int, type(None)),
+              "category": (str,), "position": (str, type(None))}
+CURVE_FIELDS = {"update": (int,), "loss": (float, int), "token_accuracy": (float, int)}
+POSITIONS = ("front", "middle", "back")
+
+CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "B_swapped", "D_distractor",
+              "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise")  # the order in tables and figures
+
+
+class ResultsError(ValueError):
+    """Results that cannot be scored; the message is one line."""
+
+
+def find_runs(folders):
+    """Run folders: those named, or all under results/ that hold a run.json or predictions.jsonl."""
+    if folders:
+        return [Path(folder) for folder in folders]
+    found = {path.parent for name in ("run.json", "predictions.jsonl") for path in Path("results").glob(f"*/{name}")}
+    if not found:
+        raise ResultsError("results/: holds no run; make one with python run_experiment.py, or name run folders")
+    return sorted(found)
+
+
+def condition_order(name):
+    """Sort key: the known conditions in their order, then others by name."""
+    return CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS), name
+
+
+def read_text(path, mend):
+    try:
+        return path.read_bytes().decode("utf-8")  # bytes, so that line ends stay as they are
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}; {mend}") from None
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{path}: not UTF-8 (byte {error.start}); {mend}") from None
+
+
+def parse_object(text, where, fields, mend):
+    """A JSON object that has all the fields with the right types."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except ValueError as error:
+        raise ResultsError(f"{where}: not JSON ({error}); {mend}") from None
+    if type(value) is not dict:
+        raise ResultsError(f"{where}: not a JSON object; {mend}")
+    for name, types in fields.items():
+        if name not in value:
+            raise ResultsError(f"{where}: field '{name}' is missing; {mend}")
+        if type(value[name]) not in types:
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ResultsError(f"{where}: field '{name}' is {value[name]!r}, must be {wanted}; {mend}")
+    return value
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_lines(path, fields, mend):
+    """The objects of a JSONL file with where each stands ("FILE line N")."""
+    lines = read_text(path, mend).split("\n")  # not splitlines: an answer may hold another kind of line separator
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+        where = f"{path} line {number}"
+        yield where, parse_object(line, where, fields, mend)
+
+
+def load_run(folder, allow_incomplete):
+    """run.json as a dict, with "name" (the folder's), "path" and "predictions" (the rows of predictions.jsonl).
+
+    Each row also gets "seed" (the run's) and "where" (file and line, for messages).
+    """
+    path, predictions = folder / "run.json", folder / "predictions.jsonl"
+    mend = f"run run_experiment.py again into {folder}, or take the folder out of the report"
+    run = parse_object(read_text(path, mend), path, RUN_FIELDS, mend)
+    for name in ("file", "sha256"):
+        if type(run["benchmark"].get(name)) is not str:
+            raise ResultsError(f"{path}: field 'benchmark.{name}' is missing or no text; {mend}")
+    if not run["complete"] and not allow_incomplete:
+        raise ResultsError(f"{path}: field 'complete' is false, the run was not finished; finish it with "
+                           "run_experiment.py --resume, or pass --allow-incomplete to score it as partial")
+    rows = [row | {"seed": run["seed"], "where": where} for where, row in read_lines(predictions, ROW_FIELDS, mend)]
+    check_rows(rows, run, predictions, mend)
+    return run | {"name": folder.resolve().name, "path": path, "predictions": rows}
+
+
+def check_rows(rows, run, path, mend):
+    """What the types do not show: allowed values, no row twice, none missing."""
+    allowed = {"level": (1, 2, 3), "lang": benchmark_file.LANGS, "category": benchmark_file.CATEGORIES,
+               "position": (*POSITIONS, None), "condition": run["conditions"]}
+    seen = {}
+    for row in rows:
+        for name, values in allowed.items():
+            if row[name] not in values:
+                raise ResultsError(f"{row['where']}: field '{name}' is {row[name]!r}, must be one of "
+                                   f"{', '.join(map(str, values))}; {mend}")
+        other = seen.setdefault((row["condition"], row["sample_id"], row["probe_id"]), row)
+        if other is not row:
+            raise ResultsError(f"{row['where']}: condition {row['condition']}, probe {row['probe_id']} is there "
+                               f"a second time (first: {other['where']}); {mend}")
+    if not rows:
+        raise ResultsError(f"{path}: holds no row; {mend}")
+    if run["complete"] and len(rows) != run["rows"]:
+        raise ResultsError(f"{path}: has {len(rows)} rows, but run.json says {run['rows']}; {mend}")
+
+
+def load_curves(runs):
+    """Training logs of the runs' adapters: {label: rows of train.jsonl}, and a note for each log not found."""
+    mend, curves, notes = "train the arm again, or remove the file", {}, []
+    for folder, run in sorted({run["adapter"]: run for run in runs if run["adapter"]}.items()):
+        path = Path(folder) / "train.jsonl"
+        if path.is_file():
+            label = f"{run['arm']} on {run['model']}, seed {run['seed']}"
+            curves[label] = [row for _, row in read_lines(path, CURVE_FIELDS, mend)]
+        else:
+            notes.append(f"{path}: no such file, so no training curve of {run['arm']}")
+    return {label: rows for label, rows in curves.items() if rows}, notes
+
+
+def group_arms(runs):
+    """Runs by (model, arm), in that order; refuses runs that cannot stand in one report."""
+    first, arms, owner = runs[0], defaultdict(list), {}
+    for run in runs:
+        if run["benchmark"]["sha256"] != first["benchmark"]["sha256"]:
+            raise ResultsError(f"{run['path']}: ran on another benchmark ({run['benchmark']['file']}) than "
+                                  f"{first['path']} ({first['benchmark']['file']}); score them apart, "
+                                  "naming the run folders and --out")
+        for other in arms[run["model"], run["arm"]]:
+            refuse_mixture(run, other)
+        arms[run["model"], run["arm"]].append(run)
+        for part in sorted({(row["condition"], row["level"], row["lang"]) for row in run["predictions"]}):
+            key = (run["arm"], run["model"], run["seed"], *part)
+            if owner.setdefault(key, run) is not run:
+                raise ResultsError(f"{run['path']}: {part[0]} level {part[1]} {part[2]} of arm {run['arm']}, seed "
+                                      f"{run['seed']} is also in {owner[key]['path']}; remove one of the folders")
+    return dict(sorted(arms.items()))
+
+
+def refuse_mixture(run, other):
+    """The runs of one arm must be the same thing but for the seed; those of one seed the same adapter."""
+    names = ["frozen", "objective", "model_sha256"] + ["adapter_sha256"] * (run["seed"] == other["seed"])
+    for name in names:
+        if run.get(name) != other.get(name):
+            raise ResultsError(f"{run['path']}: field '{name}' is {run.get(name)!r}, but {other.get(name)!r} in "
+                                  f"{other['path']} of the same arm {run['arm']}; give the arms different names")

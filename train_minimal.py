@@ -1,0 +1,284 @@
+"""Train an arm on a frozen base and leave a checkpoint: adapter, manifest and the log of every update.
+
+    python train_minimal.py --objective recall --arm smollm2-recall
+
+Objectives:
+    recall   write the conversation, drop it, cross-entropy of the answers; the gradient flows through the write
+    lm       the public attempt's: next-token loss on a text that attention still sees while it is written
+    context  no fast weights: a LoRA that answers with the conversation in the prompt (A_tuned, the fair ceiling)
+Only the adapter trains; that the base did not change is checked by hash at the end.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import training_bank
+from decoding import pad_left
+from in_place_ttt import InPlaceTTT
+from manifests import UserError, provenance, run_script, write_manifest
+from memory import tensors_digest
+from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
+from training_data import IGNORE, BankDataset, TextDataset, batches, load_texts, pack
+
+LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
+LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
+LM_LENGTH = 512     # tokens of one lm row, the public attempt's
+LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+WINDOW = 25         # updates whose mean loss is compared for divergence
+
+
+class Diverged(Exception):
+    """The loss left the ground; the message says where."""
+
+
+# ---- objectives: a function of (loaded, ttt, batch) that returns (loss, labels seen, right ones, tokens, update norm) ----
+
+def answer_loss(loaded: Loaded, batch, device):
+    """Cross-entropy of the answers of packed prompts, and how many answer tokens are right under teacher forcing."""
+    packed = pack(batch, loaded.tokenizer.pad_token_id, device)
+    hidden = loaded.model.get_decoder()(input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.position,
+                                        use_cache=False).last_hidden_state
+    labels = packed.labels[:, 1:]
+    logits = loaded.model.get_output_embeddings()(hidden[:, :-1][labels != IGNORE]).float()
+    wanted = labels[labels != IGNORE]
+    right = (logits.argmax(-1) == wanted).sum()
+    return cross_entropy(logits, wanted), wanted.numel(), right, packed.ids.numel()
+
+
+def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch, device):
+    ids, mask = pad_left([example.written for example in batch], loaded.tokenizer.pad_token_id, device)
+    # the base's activations while writing carry no gradient; the values, recomputed from them in memory(), do
+    with torch.no_grad(), ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+    memory = writer.memory()
+    with ttt.read(memory):
+        loss, count, right, tokens = answer_loss(loaded, batch, device)
+    return loss, count, right, tokens + ids.numel(), memory
+
+
+def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch, device):
+    ids, mask = pad_left(batch, loaded.tokenizer.pad_token_id, device)
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        hidden = loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                                            use_cache=False).last_hidden_state
+    wanted_BL = (mask[:, :-1] & mask[:, 1:]).bool()
+    logits = loaded.model.get_output_embeddings()(hidden[:, :-1][wanted_BL]).float()
+    wanted = ids[:, 1:][wanted_BL]
+    with torch.no_grad():
+        memory = writer.memory()
+    return cross_entropy(logits, wanted), wanted.numel(), (logits.argmax(-1) == wanted).sum(), ids.numel(), memory
+
+
+def context_step(loaded: Loaded, ttt: None, batch, device):
+    return *answer_loss(loaded, batch, device), None
+
+
+STEPS = {"recall": recall_step, "lm": lm_step, "context": context_step}
+
+
+# ---- the loop ----
+
+def learning_rate(update: int, updates: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    done = (update - warmup) / max(1, updates - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def check_course(losses: list[float], update: int) -> None:
+    """Raise Diverged on a loss that is not finite, or that climbed to twice its best level."""
+    if not math.isfinite(losses[-1]):
+        raise Diverged(f"the loss is {losses[-1]} at update {update}")
+    means = [sum(losses[i:i + WINDOW]) / WINDOW for i in range(0, len(losses) - WINDOW + 1, WINDOW)]
+    if means and means[-1] > 2 * min(means) + 1:
+        raise Diverged(f"the loss climbed from {min(means):.2f} to {means[-1]:.2f} by update {update}")
+
+
+def train(arguments, loaded: Loaded, ttt, parameters, dataset, log, save) -> None:
+    """Run the updates; `save(update)` is called every --save-every good ones and at the end."""
+    device, step = loaded.device, STEPS[arguments.objective]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, weight_decay=0.0)
+    losses, started = [], time.time()
+    bar = tqdm(batches(dataset, arguments.workers), total=arguments.updates, desc=arguments.arm, unit="update")
+    for update, batch in enumerate(bar):
+        begun = time.time()
+        lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, count, right, tokens, memory = step(loaded, ttt, batch, device)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
+        losses.append(loss.item())
+        check_course(losses, update)
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient norm is {norm.item()} at update {update}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": right.item() / max(count, 1), "grad_norm": norm.item(),
+                    "update_norm": memory.detach().update_norm().mean().item() if memory else None,
+                    "tokens_per_s": tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
+        log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in measured.items()}) + "\n")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{measured['token_accuracy']:.2f}", tok_s=f"{measured['tokens_per_s']:.0f}")
+        if (update + 1) % arguments.save_every == 0 or update + 1 == arguments.updates:
+            log.flush()
+            save(update + 1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arm = parser.add_argument_group("the arm")
+    arm.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
+    arm.add_argument("--objective", default="recall", choices=tuple(STEPS))
+    arm.add_argument("--arm", help="name of the checkpoint folder (default: MODEL-OBJECTIVE)")
+    arm.add_argument("--layers", help="TTT layers, e.g. 0-5,8 (default: the model's row)")
+    arm.add_argument("--chunk", help="tokens per chunk, or whole (default: the model's row; for lm 64)")
+    arm.add_argument("--eta", type=float, help="step size of the write (default: the model's row)")
+    arm.add_argument("--init", choices=("paper", "shift"), help="start of conv and P (default: the model's row)")
+    arm.add_argument("--target", choices=("hidden_states", "input_embed"), help="what values are made of (default: the row)")
+    arm.add_argument("--unit-keys", action=argparse.BooleanOptionalAction, help="keys on the unit sphere (default: the row)")
+    arm.add_argument("--gate", action=argparse.BooleanOptionalAction, help="learned write strength per token (default: the row)")
+    data = parser.add_argument_group("the data")
+    data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
+    data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
+    data.add_argument("--conversations", type=int, default=32, help="conversations per update (default: %(default)s)")
+    data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
+    data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
+    how = parser.add_argument_group("the optimizer")
+    how.add_argument("--updates", type=int, default=2000, help="optimizer updates (default: %(default)s)")
+    how.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {LR})")
+    how.add_argument("--warmup", type=int, default=50, help="updates of linear warm-up (default: %(default)s)")
+    how.add_argument("--clip", type=float, default=1.0, help="gradient norm is cut to this (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of the data and the initial adapter (default: %(default)s)")
+    how.add_argument("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
+    run = parser.add_argument_group("where it runs")
+    run.add_argument("--out", default="checkpoints", help="folder of the checkpoint folders (default: %(default)s)")
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base; the adapter is float32")
+    arguments = parser.parse_args()
+    arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
+    arguments.lr = arguments.lr or LR[arguments.objective]
+    for name in ("conversations", "probes", "updates", "save_every"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
+    return arguments
+
+
+def ttt_config(arguments, row):
+    """The row's settings with what the command line changes."""
+    if arguments.objective == "context":
+        return None
+    chunk = arguments.chunk or (str(LM_CHUNK) if arguments.objective == "lm" else None)
+    if chunk and chunk != "whole" and not chunk.lstrip("-").isdigit():
+        raise UserError(f"--chunk {chunk}: give a number of tokens, or whole")
+    config = override_ttt(row.ttt, layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
+                          init=arguments.init, target=arguments.target, unit_keys=arguments.unit_keys, gate=arguments.gate,
+                          chunk=int(chunk) if chunk and chunk != "whole" else None)
+    if arguments.objective == "lm" and chunk == "whole":
+        raise UserError("--chunk whole: the lm objective reads back only earlier chunks; give a number of tokens")
+    return config
+
+
+def make_dataset(arguments, loaded: Loaded):
+    """(dataset, hash of what it draws from)."""
+    langs = tuple((arguments.lang or ",".join(loaded.row.langs)).split(","))
+    unknown = [lang for lang in langs if lang not in training_bank.BANK_LANGS]
+    if unknown:
+        raise UserError(f"--lang {arguments.lang}: the bank has no {unknown[0]!r}; use {', '.join(training_bank.BANK_LANGS)}")
+    common = (arguments.updates, arguments.conversations)
+    if arguments.objective == "lm":
+        texts, sha = load_texts(arguments.data, langs)
+        return TextDataset(loaded.tokenizer, texts, *common, LM_LENGTH, arguments.seed), sha
+    shown = arguments.objective == "context"
+    return BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown), training_bank.bank_sha256()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    row = find_row(arguments.model)
+    config = ttt_config(arguments, row)
+    folder = Path(arguments.out) / arguments.arm
+    if (folder / "manifest.json").exists():
+        raise UserError(f"{folder}: already holds a trained arm; name another --arm, or remove the folder")
+    device, dtype, reason = pick_device(arguments.device, arguments.dtype, row, training=True)
+    print(f"{arguments.arm}: {row.name} on {reason}")
+    torch.manual_seed(arguments.seed)
+    torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
+    loaded = load_model(arguments.model, device, dtype)
+    before = base_digest(loaded)
+    ttt, lora = attach(config, loaded, arguments.seed)
+    parameters = [p for p in (ttt or lora).parameters() if p.requires_grad]
+    dataset, data_sha = make_dataset(arguments, loaded)
+    manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
+                "frozen": ttt is not None, "seed": arguments.seed, "ttt": config.to_dict() if config else None,
+                "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "data_sha256": data_sha,
+                "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
+                              "probes": arguments.probes}, **provenance(), "device": reason}
+    save = lambda update: save_checkpoint(folder, ttt, lora, manifest | {"updates": update})
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as log:
+        run_training(arguments, loaded, ttt, parameters, dataset, log, save, folder)
+    if base_digest(loaded) != before:
+        raise RuntimeError("the base changed during training although it is frozen; this checkpoint must not be used")
+    print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
+          f"{'--adapter' if ttt else '--tuned-adapter'} {folder}")
+
+
+def attach(config, loaded: Loaded, seed: int):
+    """(fast weights, None) for a memory arm, (None, LoRA) for `context`."""
+    if config is None:
+        return None, get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    try:
+        return InPlaceTTT(loaded.model, config, seed), None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def base_digest(loaded: Loaded) -> str:
+    """SHA-256 over the base's parameters, whatever is attached to it."""
+    names = {name.replace(".base_layer", "").replace(".mlp.base.", ".mlp."): p for name, p in loaded.model.named_parameters()
+             if "lora_" not in name}
+    return tensors_digest(names)
+
+
+def run_training(arguments, loaded, ttt, parameters, dataset, log, save, folder) -> None:
+    try:
+        train(arguments, loaded, ttt, parameters, dataset, log, save)
+    except Diverged as error:
+        kept = "the last good checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
+        raise UserError(f"{arguments.arm}: {error}; {kept} in {folder}; try a lower --lr than {arguments.lr}") from error
+    except KeyboardInterrupt:
+        kept = "its last checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
+        print(f"\ninterrupted: {kept} in {folder}", file=sys.stderr)
+        sys.exit(130)
+
+
+def save_checkpoint(folder: Path, ttt, lora, manifest: dict) -> None:
+    """Replace the folder's checkpoint; its manifest is written last, so a checkpoint without one is not whole."""
+    if ttt:
+        save_adapter(folder, ttt, manifest)
+        return
+    part = folder / "lora.part"
+    lora.save_pretrained(part)
+    (part / "README.md").unlink()  # peft's empty model card
+    shutil.rmtree(folder / "lora", ignore_errors=True)
+    os.replace(part, folder / "lora")
+    write_manifest(folder, manifest, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
+
+
+if __name__ == "__main__":
+    run_script(main)
