@@ -90,6 +90,8 @@ class Bank:
         self._held_out = held_out_words(self.content["kinds"], set(self.content["shared_kinds"]))
         self.entries = {split: self._split_kinds(split) for split in SPLITS}
         self._check_references()
+        self._trained = {form for r in self.relations for field in FORM_FIELDS
+                         for form in split_forms(r.get(field, []), "train")}
         self._forms = {split: [self._split_relation(r, split) for r in self.relations] for split in SPLITS}
         self._lists = {split: {name: split_forms(self.content[name], split) for name in LISTS if name in self.content}
                        for split in SPLITS}
@@ -109,7 +111,13 @@ class Bank:
                 for kind, entries in self.content["kinds"].items()}
 
     def _split_relation(self, relation, split):
+        """The relation with the forms of one split; what another relation trains on ("it's {v}.") is not dev."""
         fields = {field: split_forms(relation.get(field, []), split) for field in FORM_FIELDS}
+        if split == "dev":
+            fields = {field: [form for form in forms if form not in self._trained] for field, forms in fields.items()}
+            if not (fields["statements"] and fields["questions"]):
+                raise BankError(f"{self.path}: relation {relation['id']!r}: its last statement or question stands in "
+                                "another relation too; reword it")
         return {**relation, **fields}
 
     def _check_references(self):

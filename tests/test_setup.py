@@ -104,7 +104,8 @@ def test_a_python_without_venv_says_which_package_is_missing(clone):
 
 
 def test_the_environment_is_made_with_the_python_found(clone):
-    program(clone / "bin/python3.11", f'[[ "$1 $2" == "-m venv" ]] && {{ echo "$*" >> calls; exit 9; }}; exec {sys.executable} "$@"')
+    refusal = '[[ "$1 $2" == "-m venv" ]] && { echo "$*" >> calls; exit 9; }'
+    program(clone / "bin/python3.11", f'{refusal}; exec {sys.executable} "$@"')
     shown = setup(clone)
     assert shown.returncode == 9 and calls(clone) == ["-m venv --clear .venv"]
 
