@@ -8,7 +8,7 @@ from bank_values import BankError
 
 FACT_COUNTS = (3, 4, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 10, 10, 11, 12)
 SPEAKER_COUNTS = (2, 2, 2, 3, 3, 4)
-P_TWO_FACT, P_CORRECTION, P_PAIR, P_SAME_RELATION = 0.25, 0.15, 0.3, 0.6
+P_TWO_FACT, P_CORRECTION, P_PAIR, P_SAME_RELATION = 0.15, 0.15, 0.3, 0.6
 P_OPENER, P_CLOSER, P_SMALL_TALK, P_ACKNOWLEDGE = 0.5, 0.3, 0.12, 0.2
 P_KNOWN_PERSON, MAX_JOINED = 0.3, 2
 P_OWNER_SPEAKS, P_OWNER_ASKED, P_QUESTION_TURN, P_SAME_TURN = 0.85, 0.35, 0.2, 0.35
@@ -180,7 +180,7 @@ class Talk:
                 self.say(self.other_speaker(), self.phrase("prose_intros") + " ".join(unit.split()))
             else:
                 self.tell(unit)
-                self.correct_late(unit is units[-1])
+            self.correct_late(unit is units[-1])
         if self.rng.random() < P_CLOSER:
             self.chat("closers")
 

@@ -13,11 +13,13 @@ DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "dev")
 CATEGORIES = ("person", "numeric", "temporal", "relational", "preference", "spatial", "project")
 FORM_FIELDS = ("statements", "first_person", "questions", "answers", "ask_owner", "pairs")
-LISTS = ("openers", "small_talk", "acknowledgements", "closers", "connectors", "question_connectors", "answer_frames", "owner_answer_frames",
+LISTS = ("openers", "small_talk", "acknowledgements", "closers", "connectors", "question_connectors",
+         "answer_frames", "owner_answer_frames",
          "corrections", "late_corrections", "prose_intros")
 INSTEAD = {"owner_answer_frames": "answer_frames"}  # lists that may be missing, and what serves for them
 SLOT = re.compile(r"\{([^{}]+)\}")
 SENTENCE_START = re.compile(r"(?:^|[.?!] )[a-z]")
+HAS_WORDS = re.compile(r"\w")
 TRIPLE = re.compile(r"(.)\1\1", re.IGNORECASE)
 RANGE = re.compile(r"(\d+)\.\.(\d+)$")
 HELD_OUT_FORMS = 0.15
@@ -69,11 +71,15 @@ def held_out_words(kinds, shared):
 
 
 def split_forms(forms, split):
-    """The forms of one list that a split may use: the last 15% (at least one of two) are dev's."""
-    if not forms:
-        return []
-    cut = len(forms) - max(1, round(HELD_OUT_FORMS * len(forms)))
-    return forms[cut:] if split == "dev" else forms[:cut]
+    """The forms of one list that a split may use: 15% (at least one) are dev's.
+
+    Chosen by hash, not by place, because the forms of different relations are alike in order. Forms without any
+    word of their own ("", "{v}.") serve both splits.
+    """
+    worded = {form for form in forms if HAS_WORDS.search(SLOT.sub("", form))}
+    worded = sorted(worded, key=lambda form: (word_hash(form), form))
+    held = set(worded[:max(1, round(HELD_OUT_FORMS * len(worded)))])
+    return [form for form in forms if form not in worded or (form in held) == (split == "dev")]
 
 
 class Bank:
@@ -116,7 +122,7 @@ class Bank:
         if split == "dev":
             fields = {field: [form for form in forms if form not in self._trained] for field, forms in fields.items()}
             if not (fields["statements"] and fields["questions"]):
-                raise BankError(f"{self.path}: relation {relation['id']!r}: its last statement or question stands in "
+                raise BankError(f"{self.path}: relation {relation['id']!r}: its dev statement or question stands in "
                                 "another relation too; reword it")
         return {**relation, **fields}
 
@@ -124,7 +130,8 @@ class Bank:
         for kind, entries in self.content["kinds"].items():
             for inner in (name for entry in entries for name in SLOT.findall(entry)):
                 if not RANGE.match(inner) and inner not in self.content["kinds"]:
-                    raise BankError(f"{self.path}: kinds.{kind} uses {{{inner}}}, which is no kind; add it or correct the name")
+                    raise BankError(f"{self.path}: kinds.{kind} uses {{{inner}}}, which is no kind; "
+                                    "add it or correct the name")
             for split in SPLITS:
                 if not self.entries[split][kind]:
                     raise BankError(f"{self.path}: kinds.{kind} has no {split} words; add words or list it in shared_kinds")

@@ -150,6 +150,8 @@ def _check_answer(sample, probe, fact, answers, where, report):
     others = [other for other in sample["facts"] if other is not fact and other.get("attribute") == fact["attribute"]]
     forms = {normalise(answer, lang) for answer in answers}
     if probe.get("kind") != "comparison":
+        report.expect("gold is the fact's value", normalise(answers[0], lang) == normalise(fact["value"], lang),
+                      f"{where}: the gold answer is not the value of {fact['fact_id']}")
         report.expect("gold fits no other fact of the kind",
                       not any(normalise(other["value"], lang) in forms for other in others),
                       f"{where}: '{answers[0]}' or an alias is the value of another fact of the same attribute")

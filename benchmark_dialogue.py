@@ -6,7 +6,13 @@ it into words.
 A skeleton is a list of blocks, a block a few turns in both languages. In a turn "B: <C.start_time>[{C} is in from {v}|
 {C} comes at {v}]</>." the speaker is the role B; <subject role.attribute>...</> is the stretch that states a fact,
 <E.mentor=C> one whose value is the person in role C; {C} is a name, {v} the value ({a v} with its article); of
-[x|y] one is said.
+[x|y] one is said (in an opening, closing or chat block the same one of each). The free roles of topic blocks, which
+serve many skeletons: K asks, L answers, X and Y are spoken of.
+
+data/skeletons_attributes.json tells for each attribute its category, the kind of its value (a word list of
+data/skeletons_words.json, or one that benchmark_values composes), and per language: "fact" (the plain sentence),
+"questions", "answers" (forms of the answer that are accepted too) and, where the value is somebody whose attributes can
+be asked for, "as_subject"; "compare" asks for the lowest or highest of two. {s} is the subject.
 """
 import json
 import re

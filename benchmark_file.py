@@ -133,7 +133,13 @@ def _no_constant(name):
 def _first_schema_error(bench):
     """The schema error that comes first in the file, or None."""
     errors = jsonschema.Draft202012Validator(SCHEMA).iter_errors(bench)
-    return min(errors, key=lambda e: [(isinstance(p, str), str(p).zfill(9)) for p in e.absolute_path], default=None)
+    return min(errors, key=_place, default=None)
+
+
+def _place(error):
+    """Sorts errors as they stand in the file; an unknown version explains all others and comes first."""
+    path = list(error.absolute_path)
+    return path != ["version"], [str(part).zfill(9) for part in path]
 
 
 def _field(path, bench):

@@ -59,7 +59,8 @@ def _time(rng, first, last, offset):
     hour_zh = "两" if hour == 2 else words_zh(hour)
     long_zh = f"{hour_zh}点{'零' if minute < 10 else ''}{words_zh(minute)}"
     said_zh = f"{hour_zh}点半" if minute == 30 else f"{long_zh}分" if minute == 10 else long_zh
-    forms_zh = [long_zh, f"{long_zh}分", digits, f"{hour}点{minute}", f"{hour}点{minute:02d}分", f"{hour}点{minute}分"]
+    forms_zh = [long_zh, f"{long_zh}分", digits, f"{hour}点{minute}", f"{hour}点{minute:02d}分", f"{hour}点{minute}分",
+                f"{hour}点{long_zh.split('点')[1]}"]
     forms_en = [f"{words_en(hour)} {'oh ' if minute < 10 else ''}{words_en(minute)}"]
     if minute == 30:
         forms_en.append(f"half past {words_en(hour)}")

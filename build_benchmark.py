@@ -20,7 +20,8 @@ PER_LEVEL = 100
 COMPARISON_SHARE = 0.9  # of the level-2 conversations in which something can be compared
 PASSAGES_PER_TEXT = {"en": (8, 10), "zh": (9, 12)}  # 2,000 to 4,000 tokens of either language
 STOP = {"en": ".", "zh": "。"}
-# the subject inside "s mentor's dog" or "the dog of the mentor of": not clear whose dog or mentor is meant
+# "the dog of Eva's mentor", "the mentor of Eva's dog": a wording with the subject in one of these places and a subject
+# of that form together leave open whose dog or mentor is meant
 POSSESSED = re.compile(r"\{s\}'s| of \{s\}")
 
 
@@ -32,11 +33,10 @@ def make_facts(plan, lang, spans):
     for number, (subject, attribute, target) in enumerate(plan.keys, 1):
         spec, value = plan.content.attributes[attribute], plan.values[subject, attribute]
         said = value[lang]["said"]
-        name = plan.subject(subject, lang)
-        fact = {"fact_id": f"f{number}", "fact_text": spec[lang]["fact"].format(s=name, v=said, av=article(said) + said) + STOP[lang],
-                "category": spec["category"], "span": spans[subject, attribute],
-                "subject": plan.names[subject][lang]["said"], "attribute": attribute, "value": said}
-        fact["fact_text"] = fact["fact_text"][0].upper() + fact["fact_text"][1:]
+        text = spec[lang]["fact"].format(s=plan.subject(subject, lang), v=said, av=article(said) + said) + STOP[lang]
+        fact = {"fact_id": f"f{number}", "fact_text": text[0].upper() + text[1:], "category": spec["category"],
+                "span": spans[subject, attribute], "subject": plan.names[subject][lang]["said"],
+                "attribute": attribute, "value": said}
         if value["order"] is not None:
             fact["order"] = value["order"]
         facts.append(fact)
@@ -46,7 +46,7 @@ def make_facts(plan, lang, spans):
 # --- probes: what is asked, the same in both languages --------------------------------------------------------
 
 def choose_probes(plan, asked):
-    """[(kind, key of the question's subject, keys of the required facts, number that picks the wording)].
+    """[(kind, keys of the required facts, number that picks the wording)].
 
     `asked` counts the categories asked so far: rarer ones are preferred, so that all are well represented.
     """

@@ -21,11 +21,11 @@ class Form:
 
 FORMS = {
     "en": Form(
-        example=("Conversation:\nOdalys: The choir meets in the boathouse now.\nBertil: And my locker code is QX-90.\n\n"
-                 "Question: Which code opens Bertil's locker?\nAnswer: QX-90"),
+        example=("Conversation:\nOdalys: The choir meets in the boathouse now.\nBertil: Good. I painted my bicycle green.\n\n"
+                 "Question: Where does the choir meet?\nAnswer: boathouse"),
         header="\n\nConversation:\n", question="\n\nQuestion: {question}\nAnswer:", answer=" {answer}\n"),
     "zh": Form(
-        example=("对话：\n奥达：合唱团现在改在船屋碰头。\n贝提：我柜子的密码是QX-90。\n\n问题：贝提的柜子用什么密码打开？\n答案：QX-90"),
+        example=("对话：\n奥达：合唱团现在改在船屋碰头。\n贝提：好。我把自行车漆成绿色了。\n\n问题：合唱团在哪里碰头？\n答案：船屋"),
         header="\n\n对话：\n", question="\n\n问题：{question}\n答案：", answer="{answer}\n"),
 }
 

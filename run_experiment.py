@@ -186,7 +186,8 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts) -> li
 
 def row(condition: Condition, sample: dict, probe: dict, prediction: str, prompt_tokens: int, wrote) -> dict:
     """One line of predictions.jsonl; evaluate.py reads nothing else of a run but run.json."""
-    fact = next(f for f in sample["facts"] if f["fact_id"] == probe["required_facts"][0])
+    # of several facts the last one holds the answer; the ones before lead to it
+    fact = next(f for f in sample["facts"] if f["fact_id"] == probe["required_facts"][-1])
     return {"sample_id": sample["sample_id"], "level": sample["level"], "lang": sample["lang"], "probe_id": probe["probe_id"],
             "condition": condition.name, "question": probe["question"], "gold": probe["gold_answer"],
             "aliases": probe.get("aliases", []), "prediction": prediction, "prompt_tokens": prompt_tokens,

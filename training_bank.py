@@ -43,7 +43,7 @@ capitalise      true: the first letter of every sentence is raised
 article         {"plain": "a", "vowel": "an", "vowel_pattern": regex at the start of the word} for the slot {a v}; null if unused
 
 Write every sentence as it stands after a comma: lower case unless its first word is always capital ("the dog of {s} ...").
-Sentences carry their own full stop. Of each list of sentences the last 15% (at least one) are held out for dev.
+Sentences carry their own full stop. Of each list of sentences 15% (at least one), chosen by a hash, are held out for dev.
 data/bank_passages.json holds filler prose: {"en": [...], "zh": [...]}.
 """
 import argparse

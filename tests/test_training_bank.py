@@ -174,6 +174,12 @@ def test_correction_asks_for_the_right_value_only(lang):
     assert 25 < corrected < 120
 
 
+@pytest.mark.parametrize("lang", LANGS)
+def test_passages_never_swallow_a_fact(lang):
+    for sample in draw(lang, "dev", 400, seed=1, n_prose=1):
+        assert len(spans_of(sample)) == len(sample["facts"])
+
+
 def test_passages_stand_in_the_conversation():
     plain, filled = draw("en", "train", 1, seed=9)[0], draw("en", "train", 1, seed=9, n_prose=2)[0]
     held = [p for p in training_bank.passages("en") if " ".join(p.split()) in filled["conversation"]]
@@ -189,6 +195,7 @@ def test_sentences_of_train_and_dev_are_apart(lang):
     used = {split: {form for relation in bank.forms(split) for field in FORM_FIELDS for form in relation[field]}
             for split in SPLITS}
     assert not used["train"] & used["dev"]
+    assert len({form.split()[0] for form in used["dev"]}) > 20 or lang == "zh", "dev forms should differ in structure"
     assert len(used["train"] | used["dev"]) == len(set(training_bank.templates(lang)))
     for train, dev in zip(bank.forms("train"), bank.forms("dev")):
         assert train["statements"] and dev["statements"] and train["questions"] and dev["questions"]
@@ -197,14 +204,15 @@ def test_sentences_of_train_and_dev_are_apart(lang):
         assert not repeated & set(bank.phrases(name, "dev")), name
 
 
-def test_values_and_names_of_train_and_dev_are_apart():
-    for lang in LANGS:
-        golds = {split: {p["gold_answer"] for s in draw(lang, split, 500) for p in s["probes"]} for split in SPLITS}
-        assert not golds["train"] & golds["dev"]
-        speakers = {split: {line.split(load_bank(lang).content["speaker_colon"])[0] for s in draw(lang, split, 300)
-                            for line in s["conversation"].split("\n")} for split in SPLITS}
-        assert not speakers["train"] & speakers["dev"]
-        assert len(speakers["dev"]) > 200
+@pytest.mark.parametrize("lang", LANGS)
+def test_values_and_names_of_train_and_dev_are_apart(lang):
+    rng, bank = random.Random(6), load_bank(lang)
+    plans = {split: [Plan(bank, rng, split, 9) for _ in range(400)] for split in SPLITS}
+    values = {split: {(f.relation["value"], f.value.casefold()) for p in plans[split] for f in p.facts} for split in SPLITS}
+    assert not values["train"] & values["dev"]
+    people = {split: {name for p in plans[split] for name in (*p.speakers, *p.owners["person"])} for split in SPLITS}
+    assert not people["train"] & people["dev"]
+    assert len(people["dev"]) > 400
 
 
 @pytest.mark.parametrize("lang", LANGS)
@@ -222,9 +230,12 @@ def test_held_out_words_of_every_list(lang):
 
 
 def test_split_of_forms():
-    assert split_forms(list("abcdefgh"), "train") == list("abcdefg")
-    assert split_forms(list("abcdefgh"), "dev") == ["h"]
-    assert split_forms(list(map(str, range(20))), "dev") == ["17", "18", "19"]
+    for count, held in ((2, 1), (8, 1), (10, 2), (20, 3)):
+        forms = [f"{{s}} form {number}" for number in range(count)]
+        train, dev = split_forms(forms, "train"), split_forms(forms, "dev")
+        assert len(dev) == held and sorted(train + dev) == sorted(forms)
+        assert split_forms(forms[::-1], "dev") == dev[::-1]
+    assert "" in split_forms(["", "a", "b"], "train") and "" in split_forms(["", "a", "b"], "dev")
     assert split_forms([], "dev") == []
 
 
@@ -233,9 +244,9 @@ def test_split_of_forms():
 @pytest.mark.parametrize("lang", LANGS)
 def test_bank_is_large_and_covers_the_categories(lang):
     relations = load_bank(lang).relations
-    assert len(relations) >= 70
+    assert len(relations) >= (70 if lang == "en" else 60)
     assert len({r["id"] for r in relations}) == len(relations)
-    assert all(count >= 7 for count in (Counter(r["category"] for r in relations)[c] for c in CATEGORIES))
+    assert all(count >= 6 for count in (Counter(r["category"] for r in relations)[c] for c in CATEGORIES))
     for relation in relations:
         assert len(set(relation["statements"])) >= 7, relation["id"]
         assert len(set(relation["questions"])) >= 6, relation["id"]

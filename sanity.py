@@ -1,0 +1,300 @@
+"""Check on the running code what a sceptic would ask first: that the memory is written, is read, and is all that is in reach.
+
+    python sanity.py --tiny                                               random models of every family, seconds on a CPU
+    python sanity.py --model smollm2-135m --adapter checkpoints/smollm2-recall
+
+Texts and questions are the benchmark's first conversations, written and asked as run_experiment.py does it. Each check prints
+PASS or FAIL, its name, what was measured and the bound. Exit code 0: all pass; 1: a check fails; 2: bad arguments.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import benchmark_file
+import prompts
+from decoding import check_window, forward, greedy, pad_left, prefill, write_rows
+from evaluate import exact_match
+from in_place_ttt import InPlaceTTT
+from manifests import UserError, run_script
+from memory import Memory, tensors_digest
+from model_utils import MODELS, Loaded, find_row, load_adapter, load_model, pick_device
+
+TEXTS = 3              # conversations the checks of the mechanism write
+SWAPPED_TEXTS = 8      # conversations of the swapped-memory check: it compares scores, so it needs more questions
+QUESTIONS = 3          # questions to each conversation
+NEW_TOKENS = 12        # as long as the longest gold answer
+READ_TOKENS = 200      # tokens read while the memory must not change
+CHUNK = 16             # cuts every conversation many times, and the last chunk is partial
+SWAPPED_EXTRA = 1      # right answers by luck that another conversation's memory may have over none
+# What two orders of the same sums may differ by, relative to the largest value: rounding, grown through the layers.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class Outcome(NamedTuple):
+    passed: bool
+    measured: str
+    bound: str
+
+
+def at_most(values: list[float], bound: float, what: str) -> Outcome:
+    """The largest value against its bound; torch's max keeps a NaN, and NaN fails."""
+    value = torch.tensor(values, dtype=torch.float64).max().item()
+    return Outcome(value <= bound, f"{what} {value:.3g}", f"at most {bound:g}")
+
+
+@dataclass
+class Setup:
+    """A model with its adapter, what is written and asked, and what the base was before the adapter was attached."""
+
+    loaded: Loaded
+    ttt: InPlaceTTT
+    samples: list[dict]
+    texts: list[list[int]]
+    tolerance: float
+    fresh_digest: str
+    fresh_logits: torch.Tensor
+
+
+def write(setup: Setup, rows: list[list[int]]) -> Memory:
+    """The memory of each text; what attention saw is dropped."""
+    memory, _ = write_rows(setup.loaded.model, setup.ttt, rows, setup.loaded.tokenizer.pad_token_id)
+    return memory
+
+
+def ask(setup: Setup, memory: Memory | None, samples: list[dict]) -> tuple[list[str], torch.Tensor]:
+    """(answers, logits of their first tokens [N, V]) to the first QUESTIONS of each sample, no text in the prompt."""
+    model, tokenizer, lang = setup.loaded.model, setup.loaded.tokenizer, samples[0]["lang"]
+    head = prompts.head_ids(tokenizer, lang, with_text=False)
+    tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for s in samples for probe in s["probes"][:QUESTIONS]]
+    check_window(model, len(head) + max(map(len, tails)) + NEW_TOKENS, samples[0]["sample_id"])
+    with setup.ttt.read(memory) if memory else contextlib.nullcontext():
+        _, past = prefill(model, [head] * len(samples), tokenizer.pad_token_id)
+        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(QUESTIONS))
+        return greedy(model, tokenizer, logits, past, NEW_TOKENS), logits
+
+
+def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tensor:
+    """Logits [R, V] of the rows' tokens (pads left out) from one forward call; a writer is told what comes."""
+    ids, mask = pad_left(rows, loaded.tokenizer.pad_token_id, loaded.device)
+    if writer is not None:
+        writer.expect(mask)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    return loaded.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits[mask.bool()]
+
+
+def base_digest(loaded: Loaded) -> str:
+    """SHA-256 over the base's parameters, under their own names whether or not their MLP is wrapped."""
+    return tensors_digest({name.replace(".mlp.base.", ".mlp."): p for name, p in loaded.model.named_parameters()})
+
+
+@contextlib.contextmanager
+def chunk_length(ttt: InPlaceTTT, chunk: int | None):
+    """The same adapter with another chunk length: with the whole text as one chunk, writing reads nothing back."""
+    holders, config = [ttt, *ttt.fast.values()], ttt.config
+    try:
+        for holder in holders:
+            holder.config = replace(config, chunk=chunk)
+        yield
+    finally:
+        for holder in holders:
+            holder.config = config
+
+
+def memory_error(first: Memory, second: Memory) -> float:
+    """Largest |dW1 - dW2| / |dW1| over layers and rows (Frobenius); NaN where nothing was written."""
+    errors = []
+    for i, layer in first.layers.items():
+        one, two = layer.to_dense().update.flatten(1), second.layers[i].to_dense().update.flatten(1)
+        errors.append(((one - two).norm(dim=1) / one.norm(dim=1)).max())
+    return torch.stack(errors).max().item()
+
+
+def logit_error(first: torch.Tensor, second: torch.Tensor) -> float:
+    return ((first - second).abs().max() / first.abs().max()).item()
+
+
+def differing(first: list[str], second: list[str]) -> int:
+    return sum(a != b for a, b in zip(first, second, strict=True))
+
+
+def right_answers(answers: list[str], samples: list[dict]) -> int:
+    probes = [probe for sample in samples for probe in sample["probes"][:QUESTIONS]]
+    return sum(exact_match(answer, [probe["gold_answer"], *probe.get("aliases", [])], samples[0]["lang"])
+               for answer, probe in zip(answers, probes, strict=True))
+
+
+def writing_changes_the_weights(setup: Setup) -> Outcome:
+    norm = write(setup, setup.texts[:TEXTS]).update_norm().min().item()
+    return Outcome(0 < norm < math.inf, f"smallest |dW|/|W| of a text {norm:.3g}", "above 0")
+
+
+def memory_changes_answers(setup: Setup) -> Outcome:
+    samples = setup.samples[:TEXTS]
+    answers, _ = ask(setup, write(setup, setup.texts[:TEXTS]), samples)
+    changed = differing(answers, ask(setup, None, samples)[0])
+    return Outcome(changed > 0, f"changed by the memory: {changed} of {len(answers)} answers", "at least 1")
+
+
+def empty_memory_is_no_memory(setup: Setup) -> Outcome:
+    """The text was written, then its update zeroed: if anything else of the text were in reach, answers would show it."""
+    samples = setup.samples[:TEXTS]
+    answers, logits = ask(setup, write(setup, setup.texts[:TEXTS]).scale(0.0), samples)
+    expected, expected_logits = ask(setup, None, samples)
+    gaps = [(logits - expected_logits).abs().max().item(), differing(answers, expected)]
+    return at_most(gaps, 0, "largest difference of a logit, and answers changed:")
+
+
+def saved_memory_answers_the_same(setup: Setup) -> Outcome:
+    memory = write(setup, setup.texts[:TEXTS])
+    with tempfile.TemporaryDirectory() as folder:
+        memory.save(Path(folder) / "memory.safetensors")
+        restored = Memory.load(Path(folder) / "memory.safetensors", setup.loaded.device)
+    samples = setup.samples[:TEXTS]
+    changed = differing(ask(setup, memory, samples)[0], ask(setup, restored, samples)[0])
+    return at_most([changed + (restored.digest() != memory.digest())], 0, "answers and digests changed by saving:")
+
+
+def sequential_equals_parallel(setup: Setup) -> Outcome:
+    errors = []
+    for chunk in (CHUNK, None):
+        with chunk_length(setup.ttt, chunk):
+            results = []
+            for form in ("sequential", "parallel"):
+                with setup.ttt.write(form=form) as writer:
+                    logits = whole_rows(setup.loaded, setup.texts[:TEXTS], writer)
+                results.append((writer.memory(), logits))
+        (oracle, oracle_logits), (memory, logits) = results
+        errors += [memory_error(oracle, memory), logit_error(oracle_logits, logits)]
+    return at_most(errors, setup.tolerance, "relative error")
+
+
+def reading_does_not_write(setup: Setup) -> Outcome:
+    memory, tokenizer = write(setup, setup.texts[:1]), setup.loaded.tokenizer
+    digest = memory.digest()
+    head = prompts.head_ids(tokenizer, setup.samples[0]["lang"], with_text=False)
+    with setup.ttt.read(memory):
+        logits, past = prefill(setup.loaded.model, [head], tokenizer.pad_token_id)
+        for _ in range(READ_TOKENS):  # not greedy(): it would stop at the end of the line
+            chosen = logits.argmax(-1, keepdim=True)
+            logits, past = forward(setup.loaded.model, chosen, torch.ones_like(chosen), past)
+    return at_most([memory.digest() != digest], 0, f"digests changed by reading {READ_TOKENS} tokens:")
+
+
+def digests_tell_texts_apart(setup: Setup) -> Outcome:
+    digests = [write(setup, [text]).digest() for text in setup.texts[:TEXTS] * 2]
+    wrong = sum(one != again for one, again in zip(digests[:TEXTS], digests[TEXTS:])) + TEXTS - len(set(digests[:TEXTS]))
+    return at_most([wrong], 0, f"wrongly equal or unequal digests of {TEXTS} texts written twice:")
+
+
+def rows_do_not_leak(setup: Setup) -> Outcome:
+    """Written and read in a batch, written and read alone, and beside another neighbour: the same."""
+    texts, samples = setup.texts[:TEXTS], setup.samples[:TEXTS]
+    batch = write(setup, texts)
+    _, logits = ask(setup, batch, samples)
+    errors = [memory_error(batch.select([0]), write(setup, [texts[0], setup.texts[TEXTS]]).select([0]))]
+    for i, text in enumerate(texts):
+        alone = write(setup, [text])
+        errors.append(memory_error(alone, batch.select([i])))
+        errors.append(logit_error(ask(setup, alone, [samples[i]])[1], logits[i * QUESTIONS:(i + 1) * QUESTIONS]))
+    return at_most(errors, setup.tolerance, "relative error")
+
+
+def swapped_memory_is_no_better_than_none(setup: Setup) -> Outcome:
+    samples, half, own = setup.samples, len(setup.samples) // 2, write(setup, setup.texts)
+    swapped = own.select([*range(half, len(samples)), *range(half)])
+    right = {name: right_answers(ask(setup, memory, samples)[0], samples)
+             for name, memory in (("own", own), ("swapped", swapped), ("none", None))}
+    measured = ", ".join(f"{name} {count}" for name, count in right.items())
+    return Outcome(right["swapped"] <= right["none"] + SWAPPED_EXTRA,
+                   f"right of {len(samples) * QUESTIONS} by memory: {measured}", f"swapped at most none + {SWAPPED_EXTRA}")
+
+
+def off_equals_the_fresh_base(setup: Setup) -> Outcome:
+    gap = (whole_rows(setup.loaded, setup.texts[:TEXTS]) - setup.fresh_logits).abs().max().item()
+    return at_most([gap], 0, "largest difference of a logit")
+
+
+def base_is_unchanged(setup: Setup) -> Outcome:
+    return at_most([base_digest(setup.loaded) != setup.fresh_digest], 0, "digests of the base's parameters that changed:")
+
+
+# The last two come last: they look at what the others leave behind.
+CHECKS = (writing_changes_the_weights, memory_changes_answers, empty_memory_is_no_memory, saved_memory_answers_the_same,
+          sequential_equals_parallel, reading_does_not_write, digests_tell_texts_apart, rows_do_not_leak,
+          swapped_memory_is_no_better_than_none, off_equals_the_fresh_base, base_is_unchanged)
+NEEDS_TRAINING = {swapped_memory_is_no_better_than_none}  # a random adapter answers nothing right, so this could not fail
+
+
+# ---- setting up and running ----
+
+def choose_samples(bench: dict, lang: str, file: str) -> list[dict]:
+    samples = [s for s in bench["samples"] if s["lang"] == lang and len(s["probes"]) >= QUESTIONS][:SWAPPED_TEXTS]
+    if len(samples) <= TEXTS:
+        raise UserError(f"--benchmark {file}: has {len(samples)} {lang} samples with {QUESTIONS} probes; sanity needs {TEXTS + 1} or more")
+    return samples
+
+
+def prepare(loaded: Loaded, samples: list[dict], adapter: str | None) -> Setup:
+    """Look at the base while it is untouched, then attach the adapter (the row's untrained start when there is none)."""
+    texts = [prompts.written_ids(loaded.tokenizer, sample["conversation"]) for sample in samples]
+    check_window(loaded.model, max(map(len, texts)), "the longest of the first conversations")
+    digest, logits = base_digest(loaded), whole_rows(loaded, texts[:TEXTS])
+    ttt = load_adapter(adapter, loaded)[0] if adapter else InPlaceTTT(loaded.model, loaded.row.ttt).requires_grad_(False)
+    return Setup(loaded, ttt, samples, texts, TOLERANCE[loaded.model.dtype], digest, logits)
+
+
+def run_checks(setup: Setup, checks) -> list[str]:
+    """Print one line a check; returns the names of those that failed."""
+    failed = []
+    for check in checks:
+        outcome = check(setup)
+        print(f"{'PASS' if outcome.passed else 'FAIL'}  {check.__name__:38s} {outcome.measured} ({outcome.bound})", flush=True)
+        failed += [] if outcome.passed else [check.__name__]
+    return failed
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is checked")
+    what.add_argument("--tiny", action="store_true", help="a random model of every family with an untrained adapter")
+    what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id (default: %(default)s)")
+    what.add_argument("--adapter", help="checkpoint folder with the fast weights trained on that model")
+    what.add_argument("--benchmark", default="benchmark_v1.json", help="file the texts and questions come from (default: %(default)s)")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    arguments = parser.parse_args()
+    if arguments.tiny == bool(arguments.adapter):
+        raise UserError("give either --tiny, or --adapter FOLDER with the --model it was trained on")
+    return arguments
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments = parse_arguments()
+    bench = benchmark_file.load_benchmark(arguments.benchmark)
+    names = [name for name in MODELS if name.startswith("tiny-")] if arguments.tiny else [arguments.model]
+    checks = [check for check in CHECKS if not (arguments.tiny and check in NEEDS_TRAINING)]
+    failed = []
+    for name in names:
+        row = find_row(name)
+        device, dtype, reason = pick_device(arguments.device, arguments.dtype, row)
+        print(f"{name} on {reason}")
+        samples = choose_samples(bench, row.langs[0], arguments.benchmark)
+        setup = prepare(load_model(name, device, dtype), samples, arguments.adapter)
+        failed += [f"{name} {check}" for check in run_checks(setup, checks)]
+    print(f"{len(failed)} checks fail: {', '.join(failed)}" if failed else "all checks pass")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_script(main)

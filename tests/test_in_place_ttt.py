@@ -1,0 +1,596 @@
+"""The mechanism against the formula it claims, on tiny random models of every family."""
+import copy
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from conftest import FAMILIES, assert_same_memory, batch_of, run, strengthen, tiny, token_rows, write_once
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import decoding
+from decoding import prefill, write_rows
+from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
+from memory import Memory, tensors_digest
+
+PAD = 256
+LENGTHS = (19, 13, 4)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """The tests about gradients turn them on again."""
+    with torch.no_grad():
+        yield
+
+
+# ---- off is off ----
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_off_equals_the_untouched_model_bit_for_bit(name, dtype, attach):
+    loaded = tiny(name, dtype)
+    ids, mask = batch_of(token_rows(LENGTHS))
+    mlps = [layer.mlp for layer in loaded.model.get_decoder().layers]
+    before, digest = run(loaded.model, ids, mask), tensors_digest(dict(loaded.model.named_parameters()))
+    ttt = attach(loaded)
+    assert torch.equal(run(loaded.model, ids, mask), before)
+    written, memory = write_once(loaded.model, ttt, ids, mask)
+    with ttt.read(memory):
+        read = run(loaded.model, ids, mask)
+    assert not torch.equal(written, before) and not torch.equal(read, before)  # the mechanism was really there
+    assert torch.equal(run(loaded.model, ids, mask), before)
+    ttt.detach()
+    assert [layer.mlp for layer in loaded.model.get_decoder().layers] == mlps
+    assert torch.equal(run(loaded.model, ids, mask), before)
+    assert tensors_digest(dict(loaded.model.named_parameters())) == digest
+
+
+@pytest.mark.parametrize("chunk", [1, 5, None])
+def test_an_untrained_paper_adapter_changes_nothing(family, chunk):
+    ids, mask = batch_of(token_rows(LENGTHS))
+    before = run(family.model, ids, mask)
+    ttt = InPlaceTTT(family.model, TTTConfig((0, 1, 2, 3), chunk, init="paper", gate=True, unit_keys=True)).double()
+    try:
+        written, memory = write_once(family.model, ttt, ids, mask)
+        with ttt.read(memory):
+            read = run(family.model, ids, mask)
+    finally:
+        ttt.detach()
+    assert torch.equal(written, before) and torch.equal(read, before)
+    assert memory.update_norm().tolist() == [0, 0, 0] and memory.tokens.tolist() == list(LENGTHS)
+
+
+def test_the_paper_init_is_zero_conv_and_a_sparse_small_diagonal():
+    fast = FastWeight(512, TTTConfig((0,), 8), torch.Generator().manual_seed(0))
+    diagonal = fast.proj.diagonal()
+    assert fast.conv.abs().max() == 0 and torch.equal(fast.proj, torch.diag(diagonal))
+    assert diagonal.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+# ---- the formula, in plain loops over what the base's own modules saw ----
+
+class Spy:
+    """Inputs x and h of one wrapped MLP, and its output, taken by hooks on the base's modules."""
+
+    def __init__(self, mlp):
+        keep = lambda name: lambda module, inputs, output: setattr(self, name, (inputs[0], output))
+        self.hooks = [mlp.base.gate_proj.register_forward_hook(keep("up")), mlp.base.down_proj.register_forward_hook(keep("down")),
+                      mlp.register_forward_hook(keep("mlp"))]
+
+    x = property(lambda self: self.up[0])
+    h = property(lambda self: self.down[0])
+    base_output = property(lambda self: self.down[1])
+    output = property(lambda self: self.mlp[1])
+
+    def remove(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def plain_chunk(fast, config, source_CD):
+    """Values of one chunk, token by token, tap by tap."""
+    values = []
+    for i in range(len(source_CD)):
+        target = torch.zeros_like(source_CD[0])
+        for k in range(config.kernel):
+            j = i + k - config.kernel // 2
+            if 0 <= j < len(source_CD):
+                target = target + fast.conv[:, k] * source_CD[j]
+        gate = 2 / (1 + torch.exp(-(source_CD[i] @ fast.gate + fast.gate_bias))) if config.gate else 1.0
+        values.append(config.eta * gate * (target @ fast.proj))
+    return values
+
+
+def plain_row(fast, config, source_LD, h_LF):
+    """(share of the output [L, D], final update [D, F]) of one row without pads."""
+    keys = [h / h.norm() if config.unit_keys else h for h in h_LF]
+    update, shares = torch.zeros(source_LD.shape[1], h_LF.shape[1], dtype=source_LD.dtype), []
+    size = config.chunk or len(h_LF)
+    for start in range(0, len(h_LF), size):
+        chunk = range(start, min(start + size, len(h_LF)))
+        shares += [update @ keys[i] for i in chunk]
+        for i, value in zip(chunk, plain_chunk(fast, config, source_LD[chunk.start:chunk.stop])):
+            update = update + torch.outer(value, keys[i])
+    return torch.stack(shares), update
+
+
+OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(chunk=64, gate=True),
+           dict(chunk=4, unit_keys=True, gate=True, eta=0.3), dict(chunk=3, target="input_embed"),
+           dict(chunk=None, target="input_embed", gate=True), dict(chunk=7, kernel=1), dict(chunk=6, kernel=9)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_outputs_and_memory_follow_the_formula(family, options, attach):
+    ttt = attach(family, layers=(0, 1, 3), **options)
+    rows = token_rows(LENGTHS)
+    ids, mask = batch_of(rows)
+    spies = {i: Spy(family.model.get_decoder().layers[i].mlp) for i in ttt.config.layers}
+    _, memory = write_once(family.model, ttt, ids, mask)
+    embedded = family.model.get_input_embeddings()(ids)
+    for i, spy in spies.items():
+        spy.remove()
+        source = spy.x if ttt.config.target == "hidden_states" else embedded
+        for b in range(len(rows)):
+            real = mask[b].bool()
+            share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.h[b, real])
+            torch.testing.assert_close(spy.output[b, real] - spy.base_output[b, real], share, atol=1e-12, rtol=1e-9)
+            torch.testing.assert_close(memory.layers[i].to_dense().update[b], update, atol=1e-12, rtol=1e-9)
+            assert update.norm() > 1e-3  # there was something to get wrong
+
+
+def test_reading_adds_exactly_the_update_times_the_key(family, attach):
+    ttt = attach(family, unit_keys=True, gate=True, chunk=None)
+    ids, mask = batch_of(token_rows(LENGTHS))
+    _, memory = write_once(family.model, ttt, ids, mask)
+    spies = {i: Spy(family.model.get_decoder().layers[i].mlp) for i in ttt.config.layers}
+    question, ones = batch_of(token_rows((6, 6, 6), seed=3))
+    with ttt.read(memory):
+        run(family.model, question, ones)
+    for i, spy in spies.items():
+        spy.remove()
+        keys = spy.h / spy.h.norm(dim=-1, keepdim=True)
+        share = torch.einsum("blf,bdf->bld", keys, memory.layers[i].to_dense().update)
+        torch.testing.assert_close(spy.output, spy.base_output + share, atol=1e-12, rtol=1e-9)
+
+
+def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
+    loaded = tiny("tiny-llama", torch.bfloat16)
+    ttt = attach(loaded, layers=(1,), chunk=None)
+    ids, mask = batch_of([[65] * 700, [66] * 700])  # equal tokens: a bfloat16 sum stops growing after a few hundred
+    spy = Spy(loaded.model.get_decoder().layers[1].mlp)
+    _, memory = write_once(loaded.model, ttt, ids, mask)
+    spy.remove()
+    _, update = plain_row(copy.deepcopy(ttt.fast["1"]).double(), ttt.config, spy.x[0].double(), spy.h[0].double())
+    assert memory.layers[1].to_dense().update.dtype == torch.float32
+    torch.testing.assert_close(memory.layers[1].to_dense().update[0].double(), update, atol=1e-5 * update.abs().max().item(), rtol=1e-4)
+
+
+# ---- two forms, any shape ----
+
+OPTION_SETS = st.fixed_dictionaries({
+    "chunk": st.one_of(st.none(), st.integers(1, 30)), "target": st.sampled_from(["hidden_states", "input_embed"]),
+    "unit_keys": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5])})
+
+
+def both_forms(loaded, options, lengths, layout, layers=(0, 2)):
+    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig(layers, **options)).double())
+    try:
+        ids, mask = batch_of(token_rows(lengths, seed=sum(lengths)), layout)
+        parallel = write_once(loaded.model, ttt, ids, mask)
+        sequential = write_once(loaded.model, ttt, ids, mask, form="sequential")
+    finally:
+        ttt.detach()
+    real = mask.bool()
+    torch.testing.assert_close(parallel[0][real], sequential[0][real], atol=1e-9, rtol=1e-9)
+    assert_same_memory(parallel[1], sequential[1], atol=1e-10)
+
+
+@settings(max_examples=50, deadline=None)
+@given(OPTION_SETS, st.lists(st.integers(1, 26), min_size=1, max_size=3), st.sampled_from(["left", "right", "holes"]))
+def test_parallel_equals_sequential(options, lengths, layout):
+    both_forms(tiny("tiny-llama"), options, lengths, layout)
+
+
+@pytest.mark.parametrize("layout", ["left", "right"])
+@pytest.mark.parametrize("chunk", [1, 4, 19, 50, None])
+def test_parallel_equals_sequential_in_every_family(family, chunk, layout):
+    both_forms(family, dict(chunk=chunk, unit_keys=True, gate=True), LENGTHS, layout, layers=(0, 1, 2, 3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(OPTION_SETS, st.lists(st.integers(1, 26), min_size=2, max_size=4), st.sampled_from(["left", "right", "holes"]))
+def test_pads_never_write_and_never_shift_a_border(options, lengths, layout):
+    loaded = tiny("tiny-llama")
+    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig((0, 2), **options)).double())
+    try:
+        rows = token_rows(lengths)
+        ids, mask = batch_of(rows, layout)
+        logits, memory = write_once(loaded.model, ttt, ids, mask)
+        alone = [write_once(loaded.model, ttt, *batch_of([row])) for row in rows]
+    finally:
+        ttt.detach()
+    assert_same_memory(memory, Memory.stack([m for _, m in alone]), atol=1e-10)
+    for b, (own, _) in enumerate(alone):
+        torch.testing.assert_close(logits[b, mask[b].bool()], own[0], atol=1e-9, rtol=1e-9)
+
+
+def test_what_stands_in_the_pads_does_not_matter(family, attach):
+    ttt = attach(family, gate=True)
+    ids, mask = batch_of(token_rows(LENGTHS))
+    other = torch.where(mask.bool(), ids, 7)
+    (first, memory), (second, same) = (write_once(family.model, ttt, i, mask) for i in (ids, other))
+    assert not torch.equal(ids, other)
+    torch.testing.assert_close(first[mask.bool()], second[mask.bool()], atol=1e-12, rtol=0)
+    assert_same_memory(memory, same)
+
+
+def test_a_neighbour_does_not_matter(family, attach):
+    ttt = attach(family, gate=True)
+    rows = token_rows(LENGTHS)
+    memories = [write_once(family.model, ttt, *batch_of([rows[0], other]))[1] for other in (rows[1], token_rows((30,), seed=9)[0])]
+    assert_same_memory(*(m.select([0]) for m in memories))
+    difference = memories[0].layers[0].to_dense().update[1] - memories[1].layers[0].to_dense().update[1]
+    assert difference.norm() > 1e-3
+
+
+# ---- chunks ----
+
+@pytest.mark.parametrize("chunk", [1, 6, 18])
+def test_apply_then_update(family, chunk, attach):
+    """The first chunk reads an untouched model, and no chunk depends on a later one."""
+    ids, mask = batch_of(token_rows((19, 19)))
+    before = run(family.model, ids, mask)
+    ttt = attach(family, chunk=chunk)
+    logits, _ = write_once(family.model, ttt, ids, mask)
+    assert torch.equal(logits[:, :chunk], before[:, :chunk])
+    assert not torch.allclose(logits[:, chunk:], before[:, chunk:], atol=1e-4)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 250
+    again, _ = write_once(family.model, ttt, changed, mask)
+    torch.testing.assert_close(again[:, :-1], logits[:, :-1], atol=1e-12, rtol=0)  # the conv looks ahead, the output does not
+
+
+def test_a_text_of_one_chunk_is_read_by_the_base_alone(family, attach):
+    ids, mask = batch_of(token_rows(LENGTHS))
+    before = run(family.model, ids, mask)
+    for chunk in (None, 19, 100):
+        ttt = attach(family, chunk=chunk)
+        logits, memory = write_once(family.model, ttt, ids, mask)
+        ttt.detach()
+        assert torch.equal(logits, before) and (memory.update_norm() > 0.001).all()
+        assert memory.chunks.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("chunk,reaches_over", [(4, False), (8, True), (None, True)])
+def test_the_conv_never_crosses_a_chunk_border(chunk, reaches_over):
+    fast = FastWeight(8, TTTConfig((0,), chunk, gate=True), torch.Generator()).double()
+    fast.conv.data.normal_(generator=torch.Generator().manual_seed(0))
+    fast.proj.data.copy_(torch.eye(8))
+    x = torch.randn(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    position, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
+    before = fast.value(x, position, mask)
+    x[:, 4] += 1.0  # the first token of the second chunk of four
+    changed = ((fast.value(x, position, mask) - before).abs().amax((0, 2)) > 1e-9).tolist()
+    assert changed == [False, False, reaches_over, reaches_over, True, True, True, False]
+
+
+def test_counts_of_tokens_and_chunks(llama, attach):
+    ids, mask = batch_of(token_rows((12, 9, 8, 1)))
+    for chunk, chunks in ((1, [12, 9, 8, 1]), (4, [3, 3, 2, 1]), (12, [1, 1, 1, 1]), (None, [1, 1, 1, 1])):
+        ttt = attach(llama, chunk=chunk)
+        memory = write_once(llama.model, ttt, ids, mask)[1]
+        ttt.detach()
+        assert memory.tokens.tolist() == [12, 9, 8, 1] and memory.chunks.tolist() == chunks
+
+
+# ---- several calls ----
+
+@pytest.mark.parametrize("options", [dict(chunk=None), dict(chunk=4), dict(chunk=1), dict(chunk=64), dict(chunk=10, target="input_embed"),
+                                     dict(chunk=None, target="input_embed", unit_keys=True, gate=True)], ids=str)
+@pytest.mark.parametrize("segment", [1, 3, 7, 16])
+def test_writing_in_segments_equals_one_call(family, options, segment, attach, monkeypatch):
+    ttt = attach(family, layers=(0, 2, 3), **options)
+    rows = token_rows(LENGTHS)
+    whole, past = write_rows(family.model, ttt, rows, PAD)
+    question = token_rows((5, 5, 5), seed=4)
+    logits, _ = prefill(family.model, question, PAD, past)
+    monkeypatch.setattr(decoding, "SEGMENT", segment)
+    parts, past = write_rows(family.model, ttt, rows, PAD)
+    assert_same_memory(whole, parts, atol=1e-10)
+    torch.testing.assert_close(prefill(family.model, question, PAD, past)[0], logits, atol=1e-9, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(OPTION_SETS, st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 99))
+def test_any_split_into_calls_with_any_pads(options, widths, seed):
+    """Pads anywhere in any call: what is written is what the row's real tokens alone would write."""
+    loaded = tiny("tiny-llama")
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randint(0, 2, (3, sum(widths)), generator=generator)
+    mask[:, -1] = 1
+    x = torch.randn(3, sum(widths), 32, generator=generator, dtype=torch.float64)
+    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig((0,), **options)).double())
+    try:
+        split = write_layer(loaded, ttt, x, mask, widths)
+        alone = [write_layer(loaded, ttt, x[b:b + 1, mask[b].bool()], torch.ones(1, int(mask[b].sum())), None) for b in range(3)]
+    finally:
+        ttt.detach()
+    assert_same_memory(split[1], Memory.stack([m for _, m in alone]))
+    for b, (output, _) in enumerate(alone):
+        torch.testing.assert_close(split[0][b, mask[b].bool()], output[0], atol=1e-12, rtol=1e-9)
+
+
+def write_layer(loaded, ttt, x_BLD, mask, widths):
+    """Outputs and memory of the first layer's MLP alone, fed x in calls of the given widths."""
+    outputs, start = [], 0
+    with ttt.write() as writer:
+        for width in widths or [x_BLD.shape[1]]:
+            part = x_BLD[:, start:start + width]
+            writer.expect(mask[:, start:start + width])
+            writer.on_embeddings(None, None, part)
+            outputs.append(loaded.model.get_decoder().layers[0].mlp(part))
+            start += width
+    return torch.cat(outputs, 1), writer.memory()
+
+
+def test_a_long_text_turns_dense_and_says_the_same(llama, attach, monkeypatch):
+    ttt = attach(llama, chunk=8)
+    rows = token_rows((60, 41))
+    short = write_rows(llama.model, ttt, token_rows((9,)), PAD)[0]
+    monkeypatch.setattr(decoding, "SEGMENT", 11)
+    memory, _ = write_rows(llama.model, ttt, rows, PAD)
+    _, oracle = write_once(llama.model, ttt, *batch_of(rows), form="sequential")
+    assert not short.layers[0].is_dense and memory.layers[0].is_dense
+    assert memory.nbytes() == 3 * 2 * 32 * 64 * 8
+    assert_same_memory(memory, oracle, atol=1e-10)
+
+
+# ---- on top of an earlier memory ----
+
+def test_writing_on_top_of_a_zeroed_memory_is_writing_afresh(family, attach):
+    ttt = attach(family, chunk=4, gate=True)
+    first, second = token_rows((9, 9)), token_rows((11, 6), seed=5)
+    earlier = write_rows(family.model, ttt, first, PAD)[0]
+    fresh = write_rows(family.model, ttt, second, PAD)[0]
+    on_zero = write_rows(family.model, ttt, second, PAD, memory=earlier.scale(0.0))[0]
+    for i in fresh.layers:
+        torch.testing.assert_close(on_zero.layers[i].to_dense().update, fresh.layers[i].to_dense().update, atol=1e-12, rtol=0)
+    assert on_zero.tokens.tolist() == [20, 15] and on_zero.chunks.tolist() == [3 + 3, 3 + 2]
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_the_earlier_memory_is_applied_and_kept(family, chunk, attach):
+    ttt = attach(family, layers=(1, 3), chunk=chunk, unit_keys=True)
+    first, second = token_rows((9, 9)), token_rows((11, 6), seed=5)
+    earlier = write_rows(family.model, ttt, first, PAD)[0]
+    ids, mask = batch_of(second)
+    logits, both = write_once(family.model, ttt, ids, mask, memory=earlier)
+    oracle_logits, oracle = write_once(family.model, ttt, ids, mask, memory=earlier, form="sequential")
+    torch.testing.assert_close(logits[mask.bool()], oracle_logits[mask.bool()], atol=1e-9, rtol=0)
+    assert_same_memory(both, oracle, atol=1e-10)
+    with ttt.read(earlier):
+        reading = run(family.model, ids, mask)
+    opening = slice(None) if chunk is None else slice(0, chunk)
+    torch.testing.assert_close(logits[0, opening], reading[0, opening], atol=1e-9, rtol=0)  # before its first own chunk ends
+    if chunk is None:  # below the lowest TTT layer nothing has changed, so there the two texts simply add up
+        summed = earlier.merge(write_once(family.model, ttt, ids, mask)[1]).layers[1].to_dense().update
+        torch.testing.assert_close(both.layers[1].to_dense().update, summed, atol=1e-12, rtol=0)
+
+
+def test_earlier_memory_and_segments_together(llama, attach, monkeypatch):
+    ttt = attach(llama, chunk=5)
+    earlier = write_rows(llama.model, ttt, token_rows((9, 9)), PAD)[0]
+    rows = token_rows((23, 12), seed=5)
+    whole = write_rows(llama.model, ttt, rows, PAD, memory=earlier)[0]
+    monkeypatch.setattr(decoding, "SEGMENT", 6)
+    assert_same_memory(write_rows(llama.model, ttt, rows, PAD, memory=earlier)[0], whole, atol=1e-10)
+
+
+# ---- reading ----
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_reading_200_tokens_never_writes(family, dense, attach, monkeypatch):
+    monkeypatch.setattr(decoding, "stop_ids", lambda tokenizer: frozenset())
+    ttt = attach(family, chunk=4, unit_keys=True)
+    memory = write_rows(family.model, ttt, token_rows((12, 7)), PAD)[0]
+    memory = memory.dense() if dense else memory
+    digest, adapter = memory.digest(), tensors_digest(ttt.fast.state_dict())
+    base = tensors_digest(dict(family.model.named_parameters()))
+    with ttt.read(memory):
+        logits, past = prefill(family.model, token_rows((5, 3), seed=2), PAD)
+        decoding.greedy(family.model, family.tokenizer, logits, past, 200)
+    assert past.cache.get_seq_length() == 5 + 199  # it did run that long
+    assert memory.digest() == digest and tensors_digest(ttt.fast.state_dict()) == adapter
+    assert tensors_digest(dict(family.model.named_parameters())) == base
+
+
+def test_factored_and_dense_read_the_same(family, attach):
+    ttt = attach(family, unit_keys=True, chunk=4)
+    memory = write_rows(family.model, ttt, token_rows((12, 7)), PAD)[0]
+    ids, mask = batch_of(token_rows((6, 6, 6, 6), seed=2))  # two questions a row
+    outputs = []
+    for form in (memory, memory.dense()):
+        with ttt.read(form):
+            outputs.append(run(family.model, ids, mask))
+    assert not memory.layers[0].is_dense
+    torch.testing.assert_close(*outputs, atol=1e-10, rtol=0)
+
+
+# ---- gradients ----
+
+def recall_loss(loaded, ttt, rows, questions, through):
+    """A loss of answers read from what was written; through: "no_grad" as in training, or "grad" all the way."""
+    ids, mask = batch_of(rows)
+    with torch.set_grad_enabled(through == "grad"), ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(loaded.model, ids, mask)
+    with ttt.read(writer.memory()):
+        logits = run(loaded.model, *batch_of(questions))
+    return torch.nn.functional.cross_entropy(logits[:, -1], torch.tensor([3, 7]))
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("options,through", [(dict(chunk=None, unit_keys=True, gate=True), "no_grad"),
+                                             (dict(chunk=4, gate=True), "grad"), (dict(chunk=None, target="input_embed"), "no_grad")], ids=str)
+def test_gradients_reach_the_adapter_and_only_the_adapter(family, options, through, attach):
+    ttt = attach(family, layers=(1, 2), **options)
+    rows, questions = token_rows((9, 6)), token_rows((4, 4), seed=2)
+    recall_loss(family, ttt, rows, questions, through).backward()
+    assert all(p.grad is None and not p.requires_grad for name, p in family.model.named_parameters())
+    for name, parameter in ttt.fast.named_parameters():
+        assert parameter.grad is not None and parameter.grad.norm() > 0, name
+        index = int(parameter.grad.abs().argmax())  # the steepest entry, against a finite difference
+        flat, step, losses = parameter.data.view(-1), 1e-5, []
+        original = flat[index].item()
+        for sign in (1, -1):
+            flat[index] = original + sign * step
+            losses.append(recall_loss(family, ttt, rows, questions, through).item())
+        flat[index] = original
+        assert parameter.grad.view(-1)[index].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-4), name
+
+
+@torch.enable_grad()
+def test_gradients_through_several_calls_equal_those_of_one(llama, attach):
+    ttt = attach(llama, layers=(1, 2), chunk=None, gate=True)
+    ids, _ = batch_of(token_rows((12, 12)))
+    x = llama.model.get_input_embeddings()(ids).detach()
+    gradients = []
+    for widths in ([12], [5, 4, 3]):
+        with torch.no_grad(), ttt.write(differentiable=True) as writer:
+            for part in x.split(widths, 1):
+                writer.expect(torch.ones(part.shape[:2]))
+                for i in ttt.config.layers:
+                    llama.model.get_decoder().layers[i].mlp(part)
+        loss = sum(layer.to_dense().update.pow(2).sum() for layer in writer.memory().layers.values())
+        gradients.append(torch.autograd.grad(loss, list(ttt.fast.parameters())))
+    for one, several in zip(*gradients):
+        torch.testing.assert_close(one, several, atol=1e-10, rtol=1e-9)
+
+
+def test_without_differentiable_nothing_is_kept_for_gradients(llama, attach):
+    ttt = attach(llama)
+    with torch.enable_grad():
+        memory = write_once(llama.model, ttt, *batch_of(token_rows((5,))))[1].detach()
+    assert all(not t.requires_grad for layer in memory.layers.values() for t in layer.tensors().values())
+
+
+# ---- misuse ----
+
+@pytest.mark.parametrize("changes,named", [
+    (dict(layers=()), "layers is empty"), (dict(layers=(1, 1)), "twice"), (dict(chunk=0), "chunk is 0"), (dict(chunk=-3), "chunk is -3"),
+    (dict(kernel=4), "kernel is 4"), (dict(kernel=0), "kernel is 0"), (dict(target="logits"), "target is 'logits'"), (dict(init="zeros"), "init is 'zeros'")])
+def test_bad_settings_are_refused(changes, named):
+    with pytest.raises(ValueError, match=named):
+        TTTConfig(**({"layers": (0,), "chunk": 4} | changes))
+
+
+@pytest.mark.parametrize("layers", [(4,), (-1,), (0, 36)])
+def test_a_layer_out_of_range_is_refused_and_nothing_is_wrapped(family, layers):
+    with pytest.raises(ValueError, match=r"layer (4|-1|36) is out of range.*0 to 3"):
+        InPlaceTTT(family.model, TTTConfig(layers, 4))
+    assert not any(isinstance(module, TTTMLP) for module in family.model.modules())
+
+
+def test_a_second_adapter_on_the_same_layer_is_refused(llama, attach):
+    attach(llama, layers=(1,))
+    with pytest.raises(ValueError, match="layer 1 already carries"):
+        InPlaceTTT(llama.model, TTTConfig((0, 1), 4))
+    assert not isinstance(llama.model.get_decoder().layers[0].mlp, TTTMLP)
+
+
+def test_an_ungated_mlp_is_refused(llama):
+    layer = llama.model.get_decoder().layers[2]
+    gated, layer.mlp = layer.mlp, torch.nn.Linear(32, 32)
+    try:
+        with pytest.raises(ValueError, match="layer 2 has an MLP without gate_proj, up_proj, down_proj, act_fn"):
+            InPlaceTTT(llama.model, TTTConfig((1, 2), 4))
+        assert not isinstance(llama.model.get_decoder().layers[1].mlp, TTTMLP)
+    finally:
+        layer.mlp = gated
+
+
+def test_modes_do_not_nest_and_end_with_their_context(llama, attach):
+    ttt = attach(llama, target="input_embed")
+    ids, mask = batch_of(token_rows((5,)))
+    memory = write_once(llama.model, ttt, ids, mask)[1]
+    for outer, inner in itertools.product((ttt.write, lambda: ttt.read(memory)), repeat=2):
+        with outer():
+            with pytest.raises(RuntimeError, match="do not nest"):
+                with inner():
+                    pass
+    before = run(llama.model, ids, mask)
+    with pytest.raises(KeyError), ttt.write():
+        raise KeyError("something went wrong while writing")
+    assert ttt.session is None and not llama.model.get_input_embeddings()._forward_hooks
+    assert torch.equal(run(llama.model, ids, mask), before)
+
+
+def test_a_call_that_was_not_announced_is_refused(llama, attach):
+    ttt = attach(llama)
+    ids, mask = batch_of(token_rows((5, 5)))
+    with pytest.raises(RuntimeError, match="expect"), ttt.write():
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="announced"), ttt.write() as writer:
+        writer.expect(mask[:, :4])
+        run(llama.model, ids, mask)
+
+
+def test_a_second_call_without_its_own_expect_is_refused(llama, attach):
+    """Else its tokens would be written under the first call's positions and not be counted."""
+    ttt = attach(llama)
+    ids, mask = batch_of(token_rows((5, 5)))
+    with pytest.raises(RuntimeError, match="expect"), ttt.write() as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+        run(llama.model, ids, mask)
+
+
+def test_a_memory_of_nothing_is_refused(llama, attach):
+    ttt = attach(llama)
+    with ttt.write() as writer:
+        pass
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        writer.memory()
+    with ttt.write() as writer:
+        writer.expect(torch.ones(1, 5))
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        writer.memory()
+
+
+def test_an_unknown_form_and_a_second_sequential_call_are_refused(llama, attach):
+    ttt = attach(llama)
+    ids, mask = batch_of(token_rows((5,)))
+    with pytest.raises(ValueError, match="backwards"):
+        ttt.write(form="backwards")
+    with pytest.raises(RuntimeError, match="one forward call"), ttt.write(form="sequential") as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+        writer.expect(mask)
+
+
+def test_a_memory_of_other_layers_is_refused(llama, attach):
+    ttt = attach(llama, layers=(0, 2))
+    memory = write_once(llama.model, ttt, *batch_of(token_rows((5,))))[1]
+    other = dataclasses.replace(memory, layers={i: memory.layers[0] for i in (0, 1)})
+    with pytest.raises(ValueError, match=r"\[0, 1\].*\[0, 2\]"):
+        ttt.read(other)
+    with pytest.raises(ValueError, match=r"\[0, 1\].*\[0, 2\]"):
+        ttt.write(other)
+
+
+def test_a_memory_of_another_batch_is_refused(llama, attach):
+    ttt = attach(llama)
+    memory = write_once(llama.model, ttt, *batch_of(token_rows((5, 5, 5))))[1]
+    ids, mask = batch_of(token_rows((5, 5)))
+    with pytest.raises(ValueError, match="memory of 3 rows cannot serve a batch of 2"), ttt.read(memory):
+        run(llama.model, ids, mask)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_writing_on_a_memory_of_another_batch_is_refused(llama, attach, rows):
+    ttt = attach(llama)
+    memory = write_once(llama.model, ttt, *batch_of(token_rows((5,) * rows)))[1]
+    with pytest.raises(ValueError, match=f"memory of {rows} rows"):
+        write_once(llama.model, ttt, *batch_of(token_rows((5, 5))), memory=memory)

@@ -1,0 +1,268 @@
+"""The memory object: files, rows, sums, sizes and norms, against dense arithmetic done here."""
+import dataclasses
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memory import LayerMemory, Memory, MemoryFileError, unit
+
+D, F = 6, 10
+
+
+def make(rows=3, slots=4, seed=0, dense=False, layers=(1, 4), dtype=torch.float32, keys_dtype=None):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    held = {i: LayerMemory.factored(draw(rows, slots, F).to(keys_dtype or dtype), draw(rows, slots, D).to(dtype)) for i in layers}
+    memory = Memory(held, torch.arange(rows) + slots, torch.arange(rows) + 1, {i: 2.0 + i for i in layers})
+    return memory.dense() if dense else memory
+
+
+def updates(memory):
+    """{layer: [B, D, F]} as an explicit sum of outer products."""
+    return {i: layer.update if layer.is_dense else torch.einsum("bsd,bsf->bdf", layer.values, layer.keys.to(layer.values.dtype))
+            for i, layer in memory.layers.items()}
+
+
+def assert_updates(memory, expected, atol=1e-5):
+    for i, update in updates(memory).items():
+        torch.testing.assert_close(update, expected[i], atol=atol, rtol=1e-5)
+
+
+# ---- files ----
+
+@pytest.mark.parametrize("memory", [make(), make(dense=True), make(keys_dtype=torch.bfloat16), make(dtype=torch.float64), make(rows=1, slots=1)],
+                         ids=["factored", "dense", "bfloat16 keys", "float64", "one slot"])
+def test_a_saved_memory_comes_back_bit_for_bit(memory, tmp_path):
+    memory.save(tmp_path / "m.safetensors")
+    loaded = Memory.load(tmp_path / "m.safetensors")
+    assert loaded.digest() == memory.digest() and loaded.weight_norms == memory.weight_norms
+    for name, tensor in memory.named_tensors().items():
+        assert torch.equal(loaded.named_tensors()[name], tensor) and loaded.named_tensors()[name].dtype == tensor.dtype
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors"]  # no temporary file stays
+
+
+def test_saving_replaces_a_file_whole(tmp_path):
+    path = tmp_path / "m.safetensors"
+    make(seed=1).save(path)
+    make(seed=2).save(path)
+    assert Memory.load(path).digest() == make(seed=2).digest()
+
+
+def test_a_memory_with_gradients_can_be_saved(tmp_path):
+    memory = make()
+    memory.layers[1].values.requires_grad_(True)
+    memory.save(tmp_path / "m")
+    assert Memory.load(tmp_path / "m").digest() == memory.digest()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "gone.safetensors", tmp_path):
+        with pytest.raises(MemoryFileError, match=f"^{re.escape(str(path))}: no such memory file"):
+            Memory.load(path)
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    make().save(path)
+    whole = path.read_bytes()
+    for length in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(MemoryFileError, match=re.escape(str(path))):
+            Memory.load(path)
+
+
+def test_a_flipped_byte_anywhere_is_refused(tmp_path):
+    """Every byte of header and content; only a flip that leaves the very same memory may pass."""
+    path = tmp_path / "m.safetensors"
+    memory = make(rows=1, slots=2, layers=(1,))
+    memory.save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        try:
+            loaded = Memory.load(path)
+        except MemoryFileError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert loaded.digest() == memory.digest() and loaded.weight_norms == memory.weight_norms, f"byte {place}"
+
+
+def test_a_safetensors_file_of_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"weight": torch.ones(2)}, str(tmp_path / "other.safetensors"))
+    with pytest.raises(MemoryFileError, match="other.safetensors"):
+        Memory.load(tmp_path / "other.safetensors")
+
+
+def test_the_digest_sees_values_counts_shape_and_dtype():
+    memory = make()
+    changed = [make(seed=9), make(layers=(1, 5)), memory.dense(), memory.scale(1 + 1e-6), make(dtype=torch.float64),
+               memory.select([0, 2, 1]), dataclasses.replace(memory, tokens=memory.tokens + 1), dataclasses.replace(memory, chunks=memory.chunks + 1)]
+    digests = [m.digest() for m in [memory, *changed]]
+    assert len(set(digests)) == len(digests) and make().digest() == digests[0]
+
+
+# ---- rows ----
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_select_takes_rows_in_order_and_again(dense):
+    memory = make(dense=dense)
+    picked = memory.select([2, 0, 0])
+    assert_updates(picked, {i: u[[2, 0, 0]] for i, u in updates(memory).items()}, atol=0)
+    assert picked.tokens.tolist() == [6, 4, 4] and picked.chunks.tolist() == [3, 1, 1] and picked.batch == 3
+    assert_updates(memory.select(torch.tensor([1])), {i: u[[1]] for i, u in updates(memory).items()}, atol=0)
+
+
+def test_select_of_a_row_that_does_not_exist():
+    with pytest.raises(IndexError):
+        make().select([3])
+
+
+def test_stack_pads_short_memories_and_changes_none():
+    parts = [make(rows=1, slots=2, seed=1), make(rows=2, slots=7, seed=2), make(rows=1, slots=1, seed=3)]
+    stacked = Memory.stack(parts)
+    assert not stacked.layers[1].is_dense and stacked.layers[1].keys.shape == (4, 7, F)
+    assert_updates(stacked, {i: torch.cat([updates(p)[i] for p in parts]) for i in (1, 4)}, atol=1e-6)
+    assert stacked.tokens.tolist() == [2, 7, 8, 1] and stacked.chunks.tolist() == [1, 1, 2, 1]
+    query = torch.randn(4, 5, F, generator=torch.Generator().manual_seed(4))
+    alone = torch.cat([p.layers[4].read(q) for p, q in zip(parts, query.split([1, 2, 1]))])
+    torch.testing.assert_close(stacked.layers[4].read(query), alone)
+
+
+def test_stack_of_dense_and_factored_and_the_way_back():
+    parts = [make(rows=1, seed=1), make(rows=2, seed=2, dense=True)]
+    stacked = Memory.stack(parts)
+    assert stacked.layers[1].is_dense
+    assert_updates(stacked.select([1, 2]), updates(parts[1]), atol=0)
+
+
+@pytest.mark.parametrize("left,right", [(False, False), (False, True), (True, True)])
+def test_merge_is_the_row_by_row_sum(left, right):
+    first, second = make(seed=1, dense=left), make(seed=2, slots=6, dense=right)
+    merged = first.merge(second)
+    assert_updates(merged, {i: updates(first)[i] + updates(second)[i] for i in (1, 4)})
+    assert merged.tokens.tolist() == [10, 12, 14] and merged.chunks.tolist() == [2, 4, 6]
+    assert merged.layers[1].is_dense == (left or right)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_merging_unequal_batches_or_layers_is_refused(dense):
+    for rows in (1, 2):  # one row would broadcast
+        with pytest.raises(ValueError, match=f"3 and {rows} rows"):
+            make(dense=dense).merge(make(rows=rows, dense=dense))
+    for combine in (Memory.merge, lambda a, b: Memory.stack([a, b])):
+        with pytest.raises(ValueError, match=r"\[1, 4\] and \[1, 2\]"):
+            combine(make(dense=dense), make(layers=(1, 2), dense=dense))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_scale(dense):
+    memory = make(dense=dense)
+    assert_updates(memory.scale(-2.5), {i: -2.5 * u for i, u in updates(memory).items()})
+    assert memory.scale(0.0).update_norm().tolist() == [0, 0, 0] and memory.scale(0.5).tokens.tolist() == memory.tokens.tolist()
+
+
+# ---- reading ----
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 12))
+def test_k_questions_share_a_row_as_if_it_were_copied(rows, k, length, slots):
+    memory = make(rows, slots, seed=rows + 10 * k, layers=(0,), dtype=torch.float64)
+    query = torch.randn(rows * k, length, F, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+    copied = memory.select([row for row in range(rows) for _ in range(k)])
+    expected = torch.stack([q @ u.T for q, u in zip(query, updates(copied)[0])])
+    for held in (memory, copied, memory.dense(), copied.dense()):
+        torch.testing.assert_close(held.layers[0].read(query), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_reading_with_a_batch_that_does_not_divide_is_refused():
+    for layer in (make().layers[1], make(dense=True).layers[1]):
+        with pytest.raises(ValueError, match="memory of 3 rows cannot serve a batch of 4; use memory.select"):
+            layer.read(torch.zeros(4, 1, F))
+
+
+def test_unit_keys():
+    h = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0]])
+    torch.testing.assert_close(unit(h), torch.tensor([[0.6, 0.8], [0.0, 0.0], [1.0, 0.0]]))
+    assert unit(h.bfloat16()).dtype == torch.bfloat16 and unit(h.double()).dtype == torch.float64
+    large = torch.full((1, 4), 200.0, dtype=torch.float16)  # its square does not fit the dtype
+    torch.testing.assert_close(unit(large), torch.full((1, 4), 0.5, dtype=torch.float16))
+
+
+# ---- sizes and norms ----
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_update_norm_is_the_dense_frobenius_norm_over_the_weights(dense):
+    memory = make(dense=dense)
+    norms = {i: u.double().pow(2).sum((1, 2)).sqrt() / memory.weight_norms[i] for i, u in updates(memory).items()}
+    for i, norm in memory.update_norms().items():
+        torch.testing.assert_close(norm.double(), norms[i], rtol=1e-5, atol=0)
+    torch.testing.assert_close(memory.update_norm().double(), (norms[1] + norms[4]) / 2, rtol=1e-5, atol=0)
+
+
+def test_nbytes_counts_what_is_held():
+    assert make(keys_dtype=torch.bfloat16).nbytes() == 2 * 3 * 4 * (F * 2 + D * 4)
+    assert make(dense=True).nbytes() == 2 * 3 * D * F * 4
+
+
+def test_the_smaller_form_is_chosen_at_the_break_even():
+    # s (F + D) numbers against F D = 60: three slots are 48, four are 64
+    assert not make(slots=3).layers[1].smaller_form().is_dense
+    assert make(slots=4).layers[1].smaller_form().is_dense
+    assert make(slots=1, dense=True).layers[1].smaller_form().is_dense
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_compacting_to_full_rank_changes_nothing(dense):
+    memory = make(slots=3, dense=dense)
+    for rank in (3, D, 100):  # three slots have rank three
+        compacted = memory.compact(rank)
+        assert_updates(compacted, updates(memory))
+        assert compacted.layers[1].keys.shape == (3, min(rank, D), F) and compacted.tokens.tolist() == memory.tokens.tolist()
+
+
+def test_compacting_to_rank_one_leaves_the_other_singular_values():
+    memory = make(slots=5)
+    for i, update in updates(memory.compact(1)).items():
+        singular = torch.linalg.svdvals(updates(memory)[i])
+        error = (updates(memory)[i] - update).flatten(1).norm(dim=1)
+        torch.testing.assert_close(error, singular[:, 1:].pow(2).sum(1).sqrt())
+        assert (torch.linalg.matrix_rank(update) == 1).all()
+
+
+def test_compacting_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="rank is 0"):
+        make().compact(0)
+
+
+@pytest.mark.parametrize("memory", [make(), make(slots=9), make(dense=True), make(keys_dtype=torch.bfloat16)])
+def test_noise_has_the_norm_of_every_layer_and_row_and_nothing_else(memory):
+    noise = memory.noise_like(torch.Generator().manual_seed(0))
+    for i, update in updates(noise).items():
+        own = updates(memory)[i].flatten(1)
+        torch.testing.assert_close(update.flatten(1).norm(dim=1), own.norm(dim=1), rtol=1e-4, atol=0)
+        cosine = torch.nn.functional.cosine_similarity(update.flatten(1), own)
+        assert (cosine.abs() < 0.6).all()
+    assert noise.tokens.tolist() == memory.tokens.tolist()
+    assert noise.digest() == memory.noise_like(torch.Generator().manual_seed(0)).digest()
+    assert noise.digest() != memory.noise_like(torch.Generator().manual_seed(1)).digest()
+
+
+def test_noise_like_an_empty_memory_is_empty():
+    assert make().scale(0.0).noise_like(torch.Generator().manual_seed(0)).update_norm().tolist() == [0, 0, 0]
+
+
+def test_noise_has_no_more_rank_than_was_written():
+    noise = updates(make(slots=2).noise_like(torch.Generator().manual_seed(0)))
+    assert (torch.linalg.matrix_rank(noise[1], rtol=1e-4) == 2).all()
+
+
+def test_detach_and_to_keep_everything():
+    memory = make()
+    memory.layers[1].values.requires_grad_(True)
+    for same in (memory.detach(), memory.to("cpu")):
+        assert same.digest() == memory.digest() and same.weight_norms == memory.weight_norms
+    assert not memory.detach().layers[1].values.requires_grad
