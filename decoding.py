@@ -32,7 +32,7 @@ class Past:
 
 
 def pad_left(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both [B, L], right-aligned."""
+    """Token ids and mask, both [B, L], right-aligned: every row's next token stands in the last column."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

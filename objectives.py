@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import cross_entropy
 
-from decoding import pad_left
 from in_place_ttt import InPlaceTTT
 from memory import Memory
 from model_utils import Loaded
@@ -27,6 +26,16 @@ class Step:
     memory: Memory | None = None
 
 
+def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [B, L], left-aligned: a pad then always has a token to attend to.
+
+    Under a causal mask a pad on the left attends to nothing, and fused attention kernels give such a row NaN gradients.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+
+
 def answer_loss(loaded: Loaded, batch: list[Example], device) -> Step:
     """Cross-entropy of the answers of packed prompts under teacher forcing; the logits of other positions are never made."""
     packed = pack(batch, loaded.tokenizer.pad_token_id, device)
@@ -41,11 +50,11 @@ def answer_loss(loaded: Loaded, batch: list[Example], device) -> Step:
 
 def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[Example], device) -> Step:
     """Write each conversation, drop it, and answer with the memory alone."""
-    ids, mask = pad_left([example.written for example in batch], loaded.tokenizer.pad_token_id, device)
+    ids, mask = pad_right([example.written for example in batch], loaded.tokenizer.pad_token_id, device)
     # the base's activations while writing carry no gradient; the values, recomputed from them in memory(), do
     with torch.no_grad(), ttt.write(differentiable=True) as writer:
         writer.expect(mask)
-        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory()
     with ttt.read(memory):
         answered = answer_loss(loaded, batch, device)
@@ -54,11 +63,10 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[Example], device) -
 
 def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> Step:
     """Next-token loss while the text is written chunk by chunk and attention sees all of it."""
-    ids, mask = pad_left(batch, loaded.tokenizer.pad_token_id, device)
+    ids, mask = pad_right(batch, loaded.tokenizer.pad_token_id, device)
     with ttt.write(differentiable=True) as writer:
         writer.expect(mask)
-        hidden = loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                                            use_cache=False).last_hidden_state
+        hidden = loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted_BL = (mask[:, :-1] & mask[:, 1:]).bool()
     logits = loaded.model.get_output_embeddings()(hidden[:, :-1][wanted_BL]).float()
     wanted = ids[:, 1:][wanted_BL]

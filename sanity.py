@@ -145,10 +145,10 @@ def memory_changes_answers(setup: Setup) -> Outcome:
 
 
 def empty_memory_is_no_memory(setup: Setup) -> Outcome:
-    """The text was written, then its update zeroed: if anything else of the text were in reach, answers would show it."""
+    """C_nothing, then a text is written and its update zeroed: anything else left of the text would show in the answers."""
     samples = setup.samples[:TEXTS]
-    answers, logits = ask(setup, write(setup, setup.texts[:TEXTS]).scale(0.0), samples)
     expected, expected_logits = ask(setup, None, samples)
+    answers, logits = ask(setup, write(setup, setup.texts[:TEXTS]).scale(0.0), samples)
     gaps = [(logits - expected_logits).abs().max().item(), differing(answers, expected)]
     return at_most(gaps, 0, "largest difference of a logit, and answers changed:")
 
@@ -196,15 +196,15 @@ def digests_tell_texts_apart(setup: Setup) -> Outcome:
 
 
 def rows_do_not_leak(setup: Setup) -> Outcome:
-    """Written and read in a batch, written and read alone, and beside another neighbour: the same."""
+    """Written and read in a batch, alone, and beside another neighbour: the same. In chunks, whose borders pads would shift."""
     texts, samples = setup.texts[:TEXTS], setup.samples[:TEXTS]
-    batch = write(setup, texts)
-    _, logits = ask(setup, batch, samples)
-    errors = [memory_error(batch.select([0]), write(setup, [texts[0], setup.texts[TEXTS]]).select([0]))]
-    for i, text in enumerate(texts):
-        alone = write(setup, [text])
-        errors.append(memory_error(alone, batch.select([i])))
-        errors.append(logit_error(ask(setup, alone, [samples[i]])[1], logits[i * QUESTIONS:(i + 1) * QUESTIONS]))
+    with chunk_length(setup.ttt, CHUNK):
+        batch, *alone = [write(setup, rows) for rows in (texts, *([text] for text in texts))]
+        neighbour = write(setup, [texts[0], setup.texts[TEXTS]])
+    logits = ask(setup, batch, samples)[1].split(QUESTIONS)
+    errors = [memory_error(batch.select([0]), neighbour.select([0]))]
+    for i, memory in enumerate(alone):
+        errors += [memory_error(memory, batch.select([i])), logit_error(ask(setup, memory, [samples[i]])[1], logits[i])]
     return at_most(errors, setup.tolerance, "relative error")
 
 

@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
     data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
     how = parser.add_argument_group("the optimizer")
-    how.add_argument("--updates", type=int, default=2000, help="optimizer updates (default: %(default)s)")
+    how.add_argument("--updates", type=int, default=520, help="optimizer updates (default: %(default)s)")
     how.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {LR})")
     how.add_argument("--warmup", type=int, default=50, help="updates of linear warm-up (default: %(default)s)")
     how.add_argument("--clip", type=float, default=1.0, help="gradient norm is cut to this (default: %(default)s)")

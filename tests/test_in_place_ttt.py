@@ -157,7 +157,7 @@ def test_reading_adds_exactly_the_update_times_the_key(family, attach):
 
 def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     loaded = tiny("tiny-llama", torch.bfloat16)
-    ttt = attach(loaded, layers=(1,), chunk=None)
+    ttt = attach(loaded, layers=(1,), chunk=None, gate=True)
     ids, mask = batch_of([[65] * 700, [66] * 700])  # equal tokens: a bfloat16 sum stops growing after a few hundred
     spy = Spy(loaded.model.get_decoder().layers[1].mlp)
     _, memory = write_once(loaded.model, ttt, ids, mask)
@@ -274,6 +274,16 @@ def test_the_conv_never_crosses_a_chunk_border(chunk, reaches_over):
     x[:, 4] += 1.0  # the first token of the second chunk of four
     changed = ((fast.value(x, position, mask) - before).abs().amax((0, 2)) > 1e-9).tolist()
     assert changed == [False, False, reaches_over, reaches_over, True, True, True, False]
+
+
+def test_pads_have_no_value_and_do_not_part_their_neighbours():
+    fast = FastWeight(8, TTTConfig((0,), None, init="shift", gate=True), torch.Generator()).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[False, True, True, False, False, True]])
+    value = fast.value(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
+    assert value[~mask].abs().max() == 0
+    torch.testing.assert_close(value[0, [1, 2]], 0.1 * x[0, [2, 5]])  # shift: each token writes the next token's state
+    assert value[0, 5].abs().max() == 0
 
 
 def test_counts_of_tokens_and_chunks(llama, attach):
@@ -588,9 +598,11 @@ def test_a_memory_of_another_batch_is_refused(llama, attach):
         run(llama.model, ids, mask)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_writing_on_a_memory_of_another_batch_is_refused(llama, attach, rows):
+def test_writing_on_a_memory_of_another_batch_is_refused(llama, attach, rows, dense):
+    """A dense memory of one row would broadcast in silence."""
     ttt = attach(llama)
     memory = write_once(llama.model, ttt, *batch_of(token_rows((5,) * rows)))[1]
     with pytest.raises(ValueError, match=f"memory of {rows} rows"):
-        write_once(llama.model, ttt, *batch_of(token_rows((5, 5))), memory=memory)
+        write_once(llama.model, ttt, *batch_of(token_rows((5, 5))), memory=memory.dense() if dense else memory)
