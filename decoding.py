@@ -39,12 +39,32 @@ def pad_left(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, 
     return ids, mask
 
 
+def sliding_window(config) -> int | None:
+    """The window of a model's sliding attention layers, in tokens; None for a model without such layers."""
+    return config.sliding_window if "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
+
+
+def attention_kinds(seen_BLT: torch.Tensor, query_BL: torch.Tensor, key_BT: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
+    """The mask of each kind of layer, [B, 1, L, T]: all that is seen, and of it what lies within the window.
+
+    query and key are token positions. The library would measure the window in columns, pads included: pads between a text
+    and its question, or other questions of a packed row, would take the place of tokens.
+    """
+    near_BLT = query_BL[:, :, None] - key_BT[:, None, :] < window
+    return {"full_attention": seen_BLT[:, None], "sliding_attention": (seen_BLT & near_BLT)[:, None]}
+
+
 def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None) -> tuple[torch.Tensor, Past]:
     """One call of the model after `past`. Returns the logits of the last position [B, V] and the longer Past."""
-    cache = past.cache if past else DynamicCache(config=model.config.get_text_config())
+    cache = past.cache if past else DynamicCache()  # without the config: a sliding layer's cache would be cut by columns
     mask = torch.cat([past.mask, mask_BL], 1) if past else mask_BL
     position_BL = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1]:]
-    out = model(input_ids=ids_BL, attention_mask=mask, position_ids=position_BL, past_key_values=cache, use_cache=True,
+    visible, window = mask, sliding_window(model.config.get_text_config())
+    if window is not None:
+        column_T = torch.arange(mask.shape[1], device=mask.device)
+        seen_BLT = mask[:, None, :].bool() & (column_T[-ids_BL.shape[1]:, None] >= column_T)
+        visible = attention_kinds(seen_BLT, position_BL, mask.cumsum(1) - 1, window)
+    out = model(input_ids=ids_BL, attention_mask=visible, position_ids=position_BL, past_key_values=cache, use_cache=True,
                 logits_to_keep=1)
     return out.logits[:, -1], Past(cache, mask)
 

@@ -215,12 +215,16 @@ def check_layers(decoder_layers, wanted) -> None:
             raise ValueError(f"TTT config: layer {i} has an MLP without {', '.join(missing)}; only gated MLPs can be wrapped")
 
 
+def check_memory(memory: Memory, owner: InPlaceTTT) -> None:
+    if set(memory.layers) != set(owner.config.layers):
+        raise ValueError(f"memory holds layers {sorted(memory.layers)}, the adapter has {sorted(owner.config.layers)}")
+
+
 class Reader:
     """Adds a finished memory's share to each TTT layer's output."""
 
     def __init__(self, owner: InPlaceTTT, memory: Memory):
-        if set(memory.layers) != set(owner.config.layers):
-            raise ValueError(f"memory holds layers {sorted(memory.layers)}, the adapter has {sorted(owner.config.layers)}")
+        check_memory(memory, owner)
         self.owner, self.memory = owner, memory
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
@@ -267,18 +271,23 @@ class Writer:
     def __init__(self, owner: InPlaceTTT, memory: Memory | None, differentiable: bool, form: str):
         if form not in ("parallel", "sequential"):
             raise ValueError(f"form is {form!r}; use parallel or sequential")
+        if memory is not None:
+            check_memory(memory, owner)
         self.owner, self.start = owner, memory
         self.differentiable, self.form = differentiable, form
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self.pending: dict[int, Pending] = {}
         self.tokens_B: torch.Tensor | None = None
         self._real_BL = self._position_BL = self._embed_BLD = None
+        self._passed: set[int] = set()  # layers that the announced call has been through
 
     def expect(self, mask_BL: torch.Tensor) -> None:
         """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L]."""
         if self.form == "sequential" and self.tokens_B is not None:
             raise RuntimeError("the sequential form writes a text in one forward call; use parallel to go on")
-        self._real_BL = mask_BL.bool()
+        if self.start and self.start.batch != mask_BL.shape[0]:
+            raise ValueError(f"a memory of {self.start.batch} rows cannot go on with a batch of {mask_BL.shape[0]}; use memory.select(rows)")
+        self._real_BL, self._passed = mask_BL.bool(), set()
         before_B = torch.zeros_like(mask_BL[:, 0], dtype=torch.long) if self.tokens_B is None else self.tokens_B
         self._position_BL = (before_B[:, None] + self._real_BL.cumsum(1) - 1).clamp(min=0)
         self.tokens_B = before_B + self._real_BL.sum(1)
@@ -290,6 +299,9 @@ class Writer:
         if self._real_BL is None or self._real_BL.shape != x_BLD.shape[:2]:
             announced = None if self._real_BL is None else tuple(self._real_BL.shape)
             raise RuntimeError(f"a forward of {tuple(x_BLD.shape[:2])} tokens while writing, but expect() announced {announced}")
+        if index in self._passed:
+            raise RuntimeError("a second forward under one expect(); announce the tokens of every call")
+        self._passed.add(index)
         fast = self.owner.fast[str(index)]
         source_BLD = x_BLD if self.owner.config.target == "hidden_states" else self._embed_BLD
         new = Pending(source_BLD, fast.key(h_BLF), self._real_BL, self._real_BL, self._position_BL)
@@ -353,7 +365,7 @@ class Writer:
 
         Call it once, after the context; with `differentiable` and gradients enabled it is a function of the adapter.
         """
-        if self.tokens_B is None:
+        if self._passed != set(self.owner.config.layers):
             raise RuntimeError("nothing was written: no forward ran inside the write context")
         for index, held in self.pending.items():
             self._add(index, self.owner.fast[str(index)], held, held.fresh)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def current_commit() -> str:
     """The checkout's commit, "-dirty" when files differ; $TTT_COMMIT where the tree travels without its .git."""
     if "TTT_COMMIT" in os.environ:
         return os.environ["TTT_COMMIT"]
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:

@@ -210,7 +210,8 @@ class Memory:
     def save(self, path) -> None:
         """Write one safetensors file with its digest inside; written whole or not at all."""
         path = Path(path)
-        metadata = {"digest": self.digest(), "weight_norms": json.dumps(self.weight_norms)}
+        norms = json.dumps(self.weight_norms)
+        metadata = {"digest": file_digest(self.named_tensors(), norms), "weight_norms": norms}
         part = path.with_name(path.name + ".part")
         save_file({name: t.detach().contiguous().cpu() for name, t in self.named_tensors().items()}, str(part), metadata)
         os.replace(part, path)
@@ -226,7 +227,7 @@ class Memory:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
             raise MemoryFileError(f"{path}: not a whole safetensors file ({error}); write the memory again") from error
-        if metadata.get("digest") != tensors_digest(tensors):
+        if metadata.get("digest") != file_digest(tensors, metadata.get("weight_norms", "")):
             raise MemoryFileError(f"{path}: its content does not match its digest; write the memory again")
         layers: dict[int, dict] = {}
         for name in (n for n in tensors if "." in n):
@@ -242,6 +243,11 @@ def _stack_layer(layers: list[LayerMemory]) -> LayerMemory:
     slots = max(layer.keys.shape[1] for layer in layers)
     padded = [layer.padded(slots) for layer in layers]
     return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]))
+
+
+def file_digest(tensors: dict[str, torch.Tensor], norms: str) -> str:
+    """Over everything a memory file holds: the tensors and the norms in its header."""
+    return hashlib.sha256(f"{tensors_digest(tensors)} {norms}".encode()).hexdigest()
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -21,7 +21,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma
                           Qwen2Config, Qwen3Config)
 
 from gguf_packages import GGUF, available, converted_folder
-from in_place_ttt import InPlaceTTT, TTTConfig
+from in_place_ttt import InPlaceTTT, TTTConfig, check_layers
 from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 
@@ -54,7 +54,7 @@ def recall_ttt(layers) -> TTTConfig:
 
 _TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=32768, tie_word_embeddings=True,
-             pad_token_id=256, eos_token_id=257, bos_token_id=258)
+             pad_token_id=258, eos_token_id=257, bos_token_id=256)
 
 
 def tiny_row(family: str, config) -> ModelRow:
@@ -106,12 +106,16 @@ def find_row(name: str) -> ModelRow:
     """The row of a name in the table, or a row made for a local folder or a hub id (owner/name, owner/name@revision)."""
     if name in MODELS:
         return MODELS[name]
-    if not (Path(name).is_dir() or "/" in name):
+    if not (name and (Path(name).is_dir() or "/" in name)):
         raise UserError(f"--model {name}: unknown; use one of {', '.join(MODELS)}, a folder, or a hub id such as Qwen/Qwen3-8B")
     hub, _, revision = name.partition("@")
     if not Path(hub).is_dir() and hub.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: no such folder")
-    layers = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config().num_hidden_layers
+    try:
+        layers = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config().num_hidden_layers
+    except (OSError, ValueError) as error:  # no network, no such model, no config.json: the mend is the same
+        raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); "
+                        f"give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub") from error
     return ModelRow(name, recall_ttt(every(6, layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
 
 
@@ -162,8 +166,8 @@ def load_model(name: str, device="cpu", dtype=torch.float32, random_weights: boo
     if random_weights and row.config is None:
         raise UserError(f"--model {name}: its architecture is not in the table, so it cannot be made with random weights")
     if row.hub is None or random_weights:
-        torch.manual_seed(0)
-        with torch.device(device):
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
             model, tokenizer = AutoModelForCausalLM.from_config(row.config, dtype=torch.float32 if row.hub is None else dtype), byte_tokenizer()
         sha, source = (tensors_digest(dict(model.named_parameters())) if row.hub is None else "random"), "random weights, seed 0"
         model = model.to(dtype)
@@ -173,8 +177,9 @@ def load_model(name: str, device="cpu", dtype=torch.float32, random_weights: boo
         sha, source = row.gguf.sha256, f"packages, converted in {folder}"
     else:
         folder = hub_folder(row)
+        sha = weights_sha256(folder)
         model, tokenizer = from_folder(folder, dtype)
-        sha, source = weights_sha256(folder), f"{row.hub} {row.revision or ''}".strip()
+        source = f"{row.hub} {row.revision or ''}".strip()
     model.requires_grad_(False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -225,6 +230,9 @@ def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict) -> None:
     """Write adapter.safetensors (float16) and manifest.json with its SHA-256; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.fast.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {name} does not fit float16 (inf or NaN after rounding); nothing was saved")
     part = folder / "adapter.safetensors.part"
     save_file(tensors, str(part))
     os.replace(part, folder / "adapter.safetensors")
@@ -232,8 +240,9 @@ def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict) -> None:
 
 
 def check_base(manifest: dict, folder, loaded: Loaded) -> None:
-    if manifest["model_sha256"] != loaded.sha256:
-        raise UserError(f"{folder}: trained on {manifest['model']} ({manifest['model_sha256'][:12]}), not on "
+    sha = str(manifest.get("model_sha256"))
+    if sha != loaded.sha256:
+        raise UserError(f"{folder}: trained on {manifest.get('model')} ({sha[:12]}), not on "
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
 
 
@@ -246,10 +255,14 @@ def load_adapter(folder, loaded: Loaded) -> tuple[InPlaceTTT, dict]:
     check_base(manifest, folder, loaded)
     if not manifest.get("ttt"):
         raise UserError(f"{folder}: holds no fast weights (objective {manifest['objective']}); pass it as --tuned-adapter")
-    config = TTTConfig(**manifest["ttt"])
+    try:
+        config = TTTConfig(**manifest["ttt"])
+        check_layers(loaded.model.get_decoder().layers, config.layers)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file") from error
     try:
         tensors = load_file(str(Path(folder) / "adapter.safetensors"))
-    except SafetensorError as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
     ttt = InPlaceTTT(loaded.model, config)
     try:
@@ -269,10 +282,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """"0-5,8,10-12" -> (0, 1, 2, 3, 4, 5, 8, 10, 11, 12)."""
     layers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise UserError(f"--layers {text}: {part!r} is not a layer number; write for example 0-5,8,12")
-        layers += range(int(first), int(last or first) + 1)
+        first, last = part.split("-") if part.count("-") == 1 else (part, part)
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise UserError(f"--layers {text}: {part!r} is no layer number or rising range; write for example 0-5,8,12")
+        layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import cross_entropy
 
+from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory
 from model_utils import Loaded
@@ -39,7 +40,9 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
 def answer_loss(loaded: Loaded, batch: list[Example], device) -> Step:
     """Cross-entropy of the answers of packed prompts under teacher forcing; the logits of other positions are never made."""
     packed = pack(batch, loaded.tokenizer.pad_token_id, device)
-    hidden = loaded.model.get_decoder()(input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.position,
+    window = sliding_window(loaded.model.config.get_text_config())
+    mask = packed.mask[:, None] if window is None else attention_kinds(packed.mask, packed.position, packed.position, window)
+    hidden = loaded.model.get_decoder()(input_ids=packed.ids, attention_mask=mask, position_ids=packed.position,
                                         use_cache=False).last_hidden_state
     labels = packed.labels[:, 1:]
     logits = loaded.model.get_output_embeddings()(hidden[:, :-1][labels != IGNORE]).float()

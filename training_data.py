@@ -144,7 +144,7 @@ def batches(dataset: Dataset, workers: int, start: int = 0):
 
 @dataclass(frozen=True)
 class Packed:
-    """Prompts with all their questions in one row each: ids, positions [B, T], mask [B, 1, T, T], labels [B, T]."""
+    """Prompts with all their questions in one row each: ids, positions [B, T], mask [B, T, T], labels [B, T]."""
 
     ids: torch.Tensor
     position: torch.Tensor
@@ -165,7 +165,7 @@ def pack(examples: list[Example], pad_id: int, device) -> Packed:
     same = segment[:, :, None] == segment[:, None, :]
     order = torch.arange(width, device=device)
     mask = (same | (segment[:, None, :] == 0)) & (order[:, None] >= order[None, :])
-    return Packed(ids, position, mask[:, None], labels)
+    return Packed(ids, position, mask, labels)
 
 
 def pack_row(example: Example):
