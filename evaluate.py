@@ -20,7 +20,7 @@ import benchmark_file
 import plots
 import report_tables
 from intervals import PAIRS, RATIOS, Bootstrap, em_interval, mcnemar, ratio_cell
-from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, load_curves,
+from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
                            load_run)
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -187,7 +187,9 @@ def build_report(runs, settings):
     for run in runs:
         for row in run["predictions"]:
             score(row)
-    arms = [arm_report(model, arm, group, settings) for (model, arm), group in group_arms(runs).items()]
+    groups = group_arms(runs)
+    borrowed = lend_rows(groups)
+    arms = [arm_report(model, arm, group, settings) | {"borrowed": borrowed[model, arm]} for (model, arm), group in groups.items()]
     path, sha256 = Path(runs[0]["benchmark"]["file"]), runs[0]["benchmark"]["sha256"]
     unchanged = benchmark_file.sha256_of(path) == sha256 if path.is_file() else None
     return {"benchmark": {"file": path.name, "sha256": sha256, "unchanged": unchanged},

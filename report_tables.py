@@ -111,6 +111,9 @@ def notes_of(arms):
             for by_lang in by_level.values() for cell in by_lang.values()]
     lines = [UNFAIR_TEXT] if any(cell.get("A_tuned_run") is False for *_, cell in ratios) else []
     lines += [ALIKE_TEXT] if any(pair and pair[0] == pair[1] for pair in ends) else []
+    lines += [f"{arm['arm']} on {arm['model']}: {', '.join(sorted(arm['borrowed']))} are the rows of "
+              f"{' and '.join(sorted(set(arm['borrowed'].values())))}; the base's own answers do not depend on the arm."
+              for arm in arms if arm["borrowed"]]
     if not all(arm["complete"] for arm in arms):
         lines.append("(partial): unfinished runs; the missing probes may change the numbers.")
     return lines + [f"{arm['arm']} on {arm['model']}, {name}, level {level}, {LANGUAGES[lang]}: {cell['note']}."
@@ -136,8 +139,9 @@ def markdown(report):
              "(conversations). Contains, F1 and breakdowns are in report.json."]
     if bench["unchanged"] is False:
         lines += ["", changed_text(bench)]
-    for lang in langs_of(arms):
-        lines += ["", f"**{LANGUAGES[lang]}**", "", *language_table(arms, lang)]
+    for arm in arms:
+        for lang in langs_of([arm]):
+            lines += ["", f"**{arm_text(arm)} on {arm['model']}, {LANGUAGES[lang]}** ({kind_text(arm)})", "", *arm_table(arm, lang)]
     lines += [""] * bool(notes_of(arms)) + [f"- {line}" for line in notes_of(arms)]
     tests = [line for arm in arms for line in test_lines(arm)]
     if tests:
@@ -150,14 +154,15 @@ def changed_text(bench):
     return f"The file {bench['file']} has changed since these runs: run them again for numbers on what it is now."
 
 
-def language_table(arms, lang):
-    conditions, ratios = names_of(arms, "conditions", lang), names_of(arms, "ratios", lang)
-    header = ["model", "arm", "level", "n", *conditions, *ratios]
-    rows = [[arm["model"], arm_text(arm), level, n_text(arm, level, lang),
-             *[em_text(arm, name, level, lang) for name in conditions],
-             *[ratio_text(arm, name, level, lang) for name in ratios]]
-            for arm in arms for level in LEVELS if n_text(arm, level, lang)]
-    return ["| " + " | ".join(cell or "–" for cell in row) + " |" for row in [header, ["---"] * len(header), *rows]]
+def arm_table(arm, lang):
+    """Conditions and ratios as rows, levels as columns, and what each row tells."""
+    levels = [level for level in LEVELS if n_text(arm, level, lang)]
+    rows = [["", *[f"level {level}" for level in levels], "what it tells"], ["---"] * (len(levels) + 2),
+            ["n", *[n_text(arm, level, lang) for level in levels], "probes (conversations)"]]
+    for table, text in (("conditions", em_text), ("ratios", ratio_text)):
+        rows += [[name, *[text(arm, name, level, lang) for level in levels], MEANINGS.get(name, "")]
+                 for name in names_of([arm], table, lang)]
+    return ["| " + " | ".join([row[0], *[cell or "–" for cell in row[1:]]]) + " |" for row in rows]
 
 
 def test_lines(arm):

@@ -21,6 +21,8 @@ POSITIONS = ("front", "middle", "back")
 CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "B_swapped", "D_distractor",
               "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise")  # the order in tables and figures
 
+MEMORYLESS = ("A_context", "A_distractor", "A_tuned", "C_nothing")  # answers that do not depend on the fast weights
+
 
 class ResultsError(ValueError):
     """Results that cannot be scored; the message is one line."""
@@ -157,3 +159,34 @@ def refuse_mixture(run, other):
         if run.get(name) != other.get(name):
             raise ResultsError(f"{run['path']}: field '{name}' is {run.get(name)!r}, but {other.get(name)!r} in "
                                   f"{other['path']} of the same arm {run['arm']}; give the arms different names")
+
+
+def lend_rows(arms):
+    """Give each memory arm the memoryless conditions it did not run, from another arm on the same base.
+
+    The base's own answers are the same whatever fast weights stand beside it, so they need not be asked again for every
+    arm. Adds the lender's rows under the borrower's seed; returns {(model, arm): {condition: lender's arm}}. A_tuned is lent
+    only where all lenders used one LoRA.
+    """
+    own = [(run, list(run["predictions"])) for runs in arms.values() for run in runs]
+    borrowed = defaultdict(dict)
+    for key, runs in arms.items():
+        for seed in sorted({run["seed"] for run in runs if run["adapter"]}, key=str):
+            mine = [run for run in runs if run["seed"] == seed]
+            have = [row for run, rows in own if any(run is other for other in mine) for row in rows]
+            parts = {(row["level"], row["lang"]) for row in have}
+            for condition in sorted(set(MEMORYLESS) - {row["condition"] for row in have}):
+                lenders = lenders_of(condition, mine[0], own)
+                if len({run.get("tuned_adapter_sha256") for run, _ in lenders}) > 1 and condition == "A_tuned" or not lenders:
+                    continue
+                mine[0]["predictions"] += [row | {"seed": seed} for row in lenders[0][1]
+                                           if row["condition"] == condition and (row["level"], row["lang"]) in parts]
+                borrowed[key][condition] = lenders[0][0]["arm"]
+    return borrowed
+
+
+def lenders_of(condition, borrower, own):
+    """The (run, rows) on the borrower's base, in its dtype and for as many samples, that ran a condition."""
+    return [(run, rows) for run, rows in own
+            if all(run.get(name) == borrower.get(name) for name in ("model_sha256", "dtype", "limit"))
+            and any(row["condition"] == condition for row in rows)]

@@ -21,11 +21,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import training_bank
 from in_place_ttt import InPlaceTTT
-from manifests import UserError, provenance, run_script, write_manifest
+from manifests import UserError, provenance, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
 from objectives import OBJECTIVES
@@ -36,6 +38,9 @@ LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in t
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 WINDOW = 25         # updates whose mean loss is compared for divergence
+
+
+STATE = "state.safetensors"  # parameters in float32 and AdamW's moments: what --resume goes on from; not part of a finished arm
 
 
 class Diverged(Exception):
@@ -61,13 +66,12 @@ def check_course(losses: list[float], update: int) -> None:
         raise Diverged(f"the loss climbed from {min(means):.2f} to {means[-1]:.2f} by update {update}")
 
 
-def train(arguments, loaded: Loaded, ttt, parameters, dataset, log, save) -> None:
-    """Run the updates; `save(update)` is called every --save-every good ones and at the end."""
-    device, step = loaded.device, OBJECTIVES[arguments.objective]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, weight_decay=0.0)
-    losses, started = [], time.time()
-    bar = tqdm(batches(dataset, arguments.workers), total=arguments.updates, desc=arguments.arm, unit="update")
-    for update, batch in enumerate(bar):
+def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses, log, save) -> None:
+    """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones and the last."""
+    device, step, started = loaded.device, OBJECTIVES[arguments.objective], time.time()
+    bar = tqdm(batches(dataset, arguments.workers, start=len(losses)), total=arguments.updates, initial=len(losses),
+               desc=arguments.arm, unit="update")
+    for update, batch in enumerate(bar, len(losses)):
         begun = time.time()
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
         for group in optimizer.param_groups:
@@ -117,6 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--clip", type=float, default=1.0, help="gradient norm is cut to this (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the data and the initial adapter (default: %(default)s)")
     how.add_argument("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
+    how.add_argument("--resume", action="store_true", help="go on from the last checkpoint; an arm that is finished stays as it is")
     run = parser.add_argument_group("where it runs")
     run.add_argument("--out", default="checkpoints", help="folder of the checkpoint folders (default: %(default)s)")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -164,8 +169,8 @@ def main() -> None:
     row = find_row(arguments.model)
     config = ttt_config(arguments, row)
     folder = Path(arguments.out) / arguments.arm
-    if (folder / "manifest.json").exists():
-        raise UserError(f"{folder}: already holds a trained arm; name another --arm, or remove the folder")
+    if (folder / "manifest.json").exists() and not arguments.resume:
+        raise UserError(f"{folder}: already holds a trained arm; add --resume, name another --arm, or remove the folder")
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row, training=True)
     print(f"{arguments.arm}: {row.name} on {reason}")
     torch.manual_seed(arguments.seed)
@@ -173,17 +178,31 @@ def main() -> None:
     loaded = load_model(arguments.model, device, dtype)
     before = base_digest(loaded)
     ttt, lora = attach(config, loaded, arguments.seed)
-    parameters = [p for p in (ttt or lora).parameters() if p.requires_grad]
+    trained = {name: p for name, p in (ttt or lora).named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=arguments.lr, weight_decay=0.0)
     dataset, data_sha = make_dataset(arguments, loaded)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": ttt is not None, "seed": arguments.seed, "ttt": config.to_dict() if config else None,
                 "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
                               "probes": arguments.probes}, **provenance(), "device": reason}
-    save = lambda update: save_checkpoint(folder, ttt, lora, manifest | {"updates": update})
+    mine = identity(manifest, arguments.updates)
+    done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
+    if done >= arguments.updates:
+        print(f"{folder}: already trained for {done} updates; nothing to do")
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.jsonl").open("w", encoding="utf-8") as log:
-        run_training(arguments, loaded, ttt, parameters, dataset, log, save, folder)
+    losses = keep_log(folder / "train.jsonl", done)
+
+    def save(update: int) -> None:
+        if update < arguments.updates:
+            save_state(folder, trained, optimizer, mine, update)
+        save_checkpoint(folder, ttt, lora, manifest | {"updates": update})
+        if update == arguments.updates:
+            (folder / STATE).unlink(missing_ok=True)
+
+    with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
+        run_training(arguments, lambda: train(arguments, loaded, ttt, list(trained.values()), optimizer, dataset, losses, log, save), folder)
     if base_digest(loaded) != before:
         raise RuntimeError("the base changed during training although it is frozen; this checkpoint must not be used")
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
@@ -207,15 +226,69 @@ def base_digest(loaded: Loaded) -> str:
     return tensors_digest(names)
 
 
-def run_training(arguments, loaded, ttt, parameters, dataset, log, save, folder) -> None:
+def identity(manifest: dict, updates: int) -> dict:
+    """What must be equal for a resumed run to end where an uninterrupted one would."""
+    names = ("model_sha256", "objective", "seed", "ttt", "lora", "data_sha256", "optimizer")
+    return {name: manifest[name] for name in names} | {"updates": updates}
+
+
+def save_state(folder: Path, trained: dict, optimizer, mine: dict, done: int) -> None:
+    """What the next update needs beside the data, which is a function of (seed, update)."""
+    tensors = {}
+    for name, parameter in trained.items():
+        moments = optimizer.state[parameter]
+        tensors |= {f"{name}/value": parameter.detach(), f"{name}/exp_avg": moments["exp_avg"],
+                    f"{name}/exp_avg_sq": moments["exp_avg_sq"], f"{name}/step": moments["step"]}
+    part = folder / (STATE + ".part")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(part),
+              {"identity": json.dumps(mine), "done": str(done)})
+    os.replace(part, folder / STATE)
+
+
+def resume(folder: Path, mine: dict, trained: dict, optimizer) -> int:
+    """Put the last checkpoint's values and moments in place; returns the updates done, 0 where there is nothing yet.
+
+    Raises UserError when the folder's arm is not the one that the command line describes.
+    """
+    path = folder / STATE
+    if not path.exists():
+        if not (folder / "manifest.json").exists():
+            return 0
+        earlier = read_manifest(folder)
+        check_same(folder, identity(earlier, earlier["updates"]), mine)
+        return earlier["updates"]
+    with safe_open(str(path), framework="pt") as state:
+        check_same(folder, json.loads(state.metadata()["identity"]), mine)
+        for name, parameter in trained.items():
+            parameter.data.copy_(state.get_tensor(f"{name}/value"))
+            moments = {part: state.get_tensor(f"{name}/{part}") for part in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {part: t if part == "step" else t.to(parameter.device) for part, t in moments.items()}
+        return int(state.metadata()["done"])
+
+
+def check_same(folder: Path, earlier: dict, mine: dict) -> None:
+    for name, value in mine.items():
+        if earlier[name] != value:
+            raise UserError(f"{folder}: was trained with another {name.removesuffix('_sha256')}; repeat its command, or name another --arm")
+
+
+def keep_log(path: Path, updates: int) -> list[float]:
+    """Cut the log to the updates that the checkpoint holds; returns their losses."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:updates] if updates else []
+    path.write_text("".join(lines), encoding="utf-8")
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def run_training(arguments, work, folder: Path) -> None:
+    """Do the work; divergence and Ctrl-C end it with one clear message and the last checkpoint in place."""
     try:
-        train(arguments, loaded, ttt, parameters, dataset, log, save)
+        work()
     except Diverged as error:
         kept = "the last good checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
         raise UserError(f"{arguments.arm}: {error}; {kept} in {folder}; try a lower --lr than {arguments.lr}") from error
     except KeyboardInterrupt:
         kept = "its last checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
-        print(f"\ninterrupted: {kept} in {folder}", file=sys.stderr)
+        print(f"\ninterrupted: {kept} in {folder}; go on with --resume", file=sys.stderr)
         sys.exit(130)
 
 

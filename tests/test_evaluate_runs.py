@@ -154,6 +154,30 @@ def test_conditions_of_one_seed_may_stand_in_several_folders(root):
     assert "memory_efficiency_ratio" in report_of(root)["arms"][0]["ratios"]
 
 
+def test_memoryless_conditions_are_lent_to_the_other_arms_of_a_base_and_told(root):
+    rows = make_rows(0)
+    make_run(root, "full", rows=rows)
+    make_run(root, "bare", rows=[row for row in rows if row["condition"] == "B_memory"], arm="other", adapter="checkpoints/other")
+    assert score("--quiet") == 0
+    full, other = sorted(report_of(root)["arms"], key=lambda arm: arm["arm"] != "recall")
+    lent = other["borrowed"]
+    assert lent and set(lent.values()) == {"recall"} and full["borrowed"] == {}
+    for condition in lent:
+        assert other["conditions"][condition] == full["conditions"][condition]
+    assert other["ratios"]["memory_efficiency_ratio"]["1"]["en"]["A_tuned_run"] is True
+    assert "are the rows of recall" in (root / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_another_base_lends_nothing(root):
+    rows = make_rows(0)
+    make_run(root, "full", rows=rows)
+    make_run(root, "bare", rows=[row for row in rows if row["condition"] == "B_memory"], arm="other", adapter="checkpoints/other",
+             model_sha256="f" * 64)
+    assert score("--quiet") == 0
+    other = next(arm for arm in report_of(root)["arms"] if arm["arm"] == "other")
+    assert other["borrowed"] == {} and set(other["conditions"]) == {"B_memory"}
+
+
 def test_block_in_results_md_is_replaced_and_nothing_else(root, capsys):
     make_run(root)
     assert score() == 0
@@ -161,8 +185,9 @@ def test_block_in_results_md_is_replaced_and_nothing_else(root, capsys):
     assert "memory_efficiency_ratio" in out and "What the rows mean" in out
     first = (root / "RESULTS.md").read_bytes().decode()
     assert first.startswith("# Results\r\n<!-- report:begin -->\n") and first.endswith("<!-- report:end -->\ntail")
-    assert "old" not in first and first.count("| tiny | recall |") == 6
-    for part in ("**English**", "**Chinese**", "abc123", "`python run.py`", "float32", "torch 2", "12 (4)"):
+    block = first.split("report:begin")[1]
+    assert "old\n" not in block and first.count("**recall on tiny, ") == 2 and first.count("| level 1 | level 2 | level 3 |") == 2
+    for part in ("recall on tiny, English**", "recall on tiny, Chinese**", "abc123", "`python run.py`", "float32", "torch 2", "12 (4)"):
         assert part in first
     assert "P_paper" not in first and "not run" not in first
     assert score("--quiet") == 0
