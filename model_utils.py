@@ -174,7 +174,7 @@ def load_model(name: str, device="cpu", dtype=torch.float32, random_weights: boo
     elif row.gguf and available(row.name, row.gguf):
         folder = converted_folder(row.name, row.gguf)
         model, tokenizer = from_folder(folder, dtype)
-        sha, source = row.gguf.sha256, f"packages, converted in {folder}"
+        sha, source = row.gguf.sha256, "packages"
     else:
         folder = hub_folder(row)
         sha = weights_sha256(folder)

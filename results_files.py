@@ -123,13 +123,14 @@ def check_rows(rows, run, path, mend):
 def load_curves(runs):
     """Training logs of the runs' adapters: {label: rows of train.jsonl}, and a note for each log not found."""
     mend, curves, notes = "train the arm again, or remove the file", {}, []
-    for folder, run in sorted({run["adapter"]: run for run in runs if run["adapter"]}.items()):
+    folders = {run.get(field): run for run in runs for field in ("tuned_adapter", "adapter") if run.get(field)}
+    for folder, run in sorted(folders.items()):
         path = Path(folder) / "train.jsonl"
         if path.is_file():
-            label = f"{run['arm']} on {run['model']}, seed {run['seed']}"
+            label = f"{path.parent.name} on {run['model']}"
             curves[label] = [row for _, row in read_lines(path, CURVE_FIELDS, mend)]
         else:
-            notes.append(f"{path}: no such file, so no training curve of {run['arm']}")
+            notes.append(f"{path}: no such file, so no training curve of {path.parent.name}")
     return {label: rows for label, rows in curves.items() if rows}, notes
 
 

@@ -212,7 +212,9 @@ def main() -> None:
 def attach(config, loaded: Loaded, seed: int):
     """(fast weights, None) for a memory arm, (None, LoRA) for `context`."""
     if config is None:
-        return None, get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+        lora = get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+        lora.peft_config["default"].base_model_name_or_path = loaded.row.name  # not the folder on this machine
+        return None, lora
     try:
         return InPlaceTTT(loaded.model, config, seed), None
     except ValueError as error:

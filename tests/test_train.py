@@ -1,0 +1,427 @@
+"""Training: the gradient goes through the write and nowhere else, and what a run leaves can be used, resumed and repeated."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, strengthen, tiny, token_rows
+
+import exercise
+import in_place_ttt
+import model_utils
+import objectives
+import train_minimal
+from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import read_manifest, run_script
+from model_utils import load_adapter, load_lora, load_model
+from objectives import lm_step, recall_step
+from training_data import Example
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+LOG_FIELDS = {"update", "loss", "token_accuracy", "grad_norm", "update_norm", "tokens_per_s", "lr", "seconds"}
+
+
+def conversations(count=4):
+    """Examples in which each of two questions has another answer in every conversation, where it stands behind the question."""
+    questions, head = token_rows((5, 5), seed=8), token_rows((6,), seed=9)[0]
+    answers = [token_rows((2, 2), seed=100 + i) for i in range(count)]
+    noise = token_rows([4 + i for i in range(count)], seed=20)
+    return [Example([t for q, a in zip(questions, mine) for t in q + a] + noise[i], head, list(zip(questions, mine)))
+            for i, mine in enumerate(answers)]
+
+
+@pytest.fixture
+def attached():
+    """attached(loaded, config) -> InPlaceTTT as training starts it; detached after the test."""
+    made = []
+
+    def make(loaded, **config):
+        ttt = InPlaceTTT(loaded.model, TTTConfig(**config))
+        made.append(ttt)
+        return ttt.double() if next(loaded.model.parameters()).dtype == torch.float64 else ttt
+
+    yield make
+    for ttt in made:
+        ttt.detach()
+
+
+# ---- the objectives ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recall_learns_to_answer_from_its_own_conversation(name, attached):
+    """A batch is overfitted; with the memory of another conversation the same adapter must answer worse, or it learned by heart."""
+    loaded, batch = tiny(name, torch.float32), conversations()
+    ttt = attached(loaded, layers=(0, 1, 2, 3), chunk=None, init="shift", unit_keys=True, gate=True)
+    optimizer = torch.optim.AdamW(ttt.parameters(), lr=3e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(60):
+        step = recall_step(loaded, ttt, batch, CPU)
+        step.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(step.loss.item())
+    swapped = [replace(example, written=batch[(i + 1) % len(batch)].written) for i, example in enumerate(batch)]
+    with torch.no_grad():
+        other = recall_step(loaded, ttt, swapped, CPU)
+    assert step.labels == 16 and losses[-1] < losses[0] - 0.25 and losses[-1] < other.loss.item() - 0.25
+    assert step.right.item() >= 8 > other.right.item() + 3
+
+
+def directional(loss, parameters, size=1e-2):
+    """(the gradient's squared norm, the same by central differences along the gradient)."""
+    gradient = torch.autograd.grad(loss(), parameters)
+    square = sum((g * g).sum() for g in gradient).item()
+
+    def moved(sign):
+        with torch.no_grad():
+            for p, g in zip(parameters, gradient):
+                p += sign * size * g / math.sqrt(square)
+            value = loss().item()
+            for p, g in zip(parameters, gradient):
+                p -= sign * size * g / math.sqrt(square)
+        return value
+
+    return square, (moved(1) - moved(-1)) / (2 * size) * math.sqrt(square)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("parameter", ["conv", "proj", "gate"])
+def test_the_gradient_is_the_slope_of_the_loss_through_the_write(name, parameter, attached):
+    loaded = tiny(name)
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, unit_keys=True, gate=True))
+    parameters = [p for n, p in ttt.named_parameters() if n.endswith(parameter)]
+    square, slope = directional(lambda: recall_step(loaded, ttt, conversations(), CPU).loss, parameters)
+    assert len(parameters) == 2 and square > 1e-12 and slope == pytest.approx(square, rel=0.02)
+
+
+def test_the_next_token_objective_has_the_slope_of_its_loss(attached):
+    loaded, rows = tiny("tiny-llama"), token_rows((20, 13))
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=4))
+    square, slope = directional(lambda: lm_step(loaded, ttt, rows, CPU).loss, list(ttt.parameters()))
+    assert square > 1e-12 and slope == pytest.approx(square, rel=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_what_was_written_conv_and_projection_get_no_gradient(name, attached, monkeypatch):
+    loaded = tiny(name)
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None))
+    recall_step(loaded, ttt, conversations(), CPU).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in ttt.parameters())
+    ttt.zero_grad()
+    memory = in_place_ttt.Writer.memory
+    monkeypatch.setattr(in_place_ttt.Writer, "memory", lambda self: memory(self).scale(0.0))
+    recall_step(loaded, ttt, conversations(), CPU).loss.backward()
+    assert all(not p.grad.any() for p in ttt.parameters())
+
+
+def test_the_next_token_objective_on_one_chunk_has_nothing_to_learn_from(attached):
+    """Why --chunk whole is refused for it: no chunk is read back in the pass that writes it."""
+    loaded = tiny("tiny-llama")
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None))
+    loss = lm_step(loaded, ttt, token_rows((20, 13)), CPU).loss
+    assert not loss.requires_grad or all(g is None or not g.any() for g in torch.autograd.grad(loss, list(ttt.parameters()), allow_unused=True))
+
+
+# ---- the command ----
+
+def command(out, *more, model="tiny-llama", objective="recall", updates=4):
+    return ["train_minimal.py", "--model", model, "--objective", objective, "--arm", "a", "--out", str(out), "--updates", str(updates),
+            "--conversations", "2", "--probes", "2", "--warmup", "1", "--workers", "0", "--device", "cpu", *map(str, more)]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(argv) -> (exit code, stdout, stderr) of train_minimal in this process."""
+    def run(argv):
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            run_script(train_minimal.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def log_rows(folder):
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_trained_arm_has_a_log_a_manifest_and_an_adapter_that_loads(name, tmp_path, call):
+    code, out, _ = call(command(tmp_path, model=name))
+    rows, manifest = log_rows(tmp_path / "a"), read_manifest(tmp_path / "a")
+    assert code == 0 and "the base is unchanged" in out and "run_experiment.py" in out
+    assert [row["update"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(row) == LOG_FIELDS and all(math.isfinite(v) for v in row.values())
+        assert row["loss"] > 0 and row["grad_norm"] > 0 and row["update_norm"] > 0 and row["tokens_per_s"] > 0 and 0 <= row["token_accuracy"] <= 1
+    assert manifest["updates"] == 4 and manifest["objective"] == "recall" and manifest["frozen"] is True and manifest["model"] == name
+    loaded = load_model(name)
+    ttt, _ = load_adapter(tmp_path / "a", loaded)
+    assert manifest["model_sha256"] == loaded.sha256 and manifest["ttt"] == loaded.row.ttt.to_dict()
+    fresh = InPlaceTTT(load_model(name).model, ttt.config, manifest["seed"])
+    assert any((p - q).abs().max() > 1e-4 for p, q in zip(ttt.parameters(), fresh.parameters()))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.safetensors", "manifest.json", "train.jsonl"]
+
+
+def test_same_seed_same_adapter_and_other_seed_other(tmp_path, call):
+    for folder, seed in (("x", 3), ("y", 3), ("z", 4)):
+        assert call(command(tmp_path / folder, "--seed", seed, updates=2))[0] == 0
+    first, again, other = ((tmp_path / f / "a/adapter.safetensors").read_bytes() for f in "xyz")
+    assert first == again != other
+
+
+def test_next_token_objective_by_command(tmp_path, call):
+    (tmp_path / "texts.txt").write_text("some words about a boat that went out\n\nand others about a hill\n")
+    code, _, _ = call(command(tmp_path, "--data", tmp_path / "texts.txt", "--chunk", 8, objective="lm"))
+    manifest, rows = read_manifest(tmp_path / "a"), log_rows(tmp_path / "a")
+    assert code == 0 and manifest["ttt"]["chunk"] == 8 and manifest["data"].endswith("texts.txt")
+    assert all(row["grad_norm"] > 0 and row["loss"] > 0 for row in rows) and len(rows) == 4
+
+
+def test_next_token_objective_on_one_chunk_is_refused(tmp_path, call):
+    code, _, err = call(command(tmp_path, "--chunk", "whole", objective="lm"))
+    assert code == 2 and len(err.splitlines()) == 1 and "--chunk whole" in err and not any(tmp_path.iterdir())
+
+
+def test_context_trains_a_lora_and_only_that(tmp_path, call, monkeypatch):
+    seen = []
+    step = objectives.context_step
+
+    def watched(loaded, ttt, batch, device):
+        seen.append((ttt, {n for n, p in loaded.model.named_parameters() if p.requires_grad}))
+        return step(loaded, ttt, batch, device)
+
+    monkeypatch.setitem(train_minimal.OBJECTIVES, "context", watched)
+    code, out, _ = call(command(tmp_path, objective="context", updates=2))
+    manifest, loaded = read_manifest(tmp_path / "a"), load_model("tiny-llama")
+    assert code == 0 and "--tuned-adapter" in out and manifest["ttt"] is None and manifest["frozen"] is False
+    assert all(ttt is None and names and all("lora_" in n for n in names) for ttt, names in seen) and len(seen) == 2
+    assert all(row["update_norm"] is None and row["grad_norm"] > 0 for row in log_rows(tmp_path / "a"))
+    before = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    load_lora(tmp_path / "a", loaded)
+    after = {name.replace(".base_layer", ""): p for name, p in loaded.model.named_parameters()}
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    assert any(p.any() for name, p in after.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("objective", ["recall", "context"])
+@pytest.mark.parametrize("touched", ["embed_tokens.weight", "layers.1.mlp", "layers.3.mlp.down_proj"], ids=["embedding", "under a TTT layer", "elsewhere"])
+def test_a_changed_base_is_noticed(objective, touched, tmp_path, call, monkeypatch):
+    step = objectives.OBJECTIVES[objective]
+
+    def disturb(loaded, ttt, batch, device):
+        name, parameter = next((n, p) for n, p in loaded.model.named_parameters() if touched in n and "lora_" not in n)
+        parameter.data.view(-1)[0] += 1e-3
+        return step(loaded, ttt, batch, device)
+
+    monkeypatch.setitem(train_minimal.OBJECTIVES, objective, disturb)
+    with pytest.raises(RuntimeError, match="the base changed"):
+        call(command(tmp_path, objective=objective, updates=1))
+    assert not (tmp_path / "a" / "manifest.json").exists()  # a checkpoint that must not be used cannot be
+
+
+# ---- divergence ----
+
+def spoil(monkeypatch, change, after=5):
+    """From update `after` + 1 on, the recall objective's loss is change(loss, calls so far)."""
+    step, calls = objectives.recall_step, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        result = step(*arguments)
+        return replace(result, loss=change(result.loss, len(calls))) if len(calls) > after else result
+
+    monkeypatch.setitem(train_minimal.OBJECTIVES, "recall", spoiled)
+
+
+def nan_gradient(loss, calls):
+    return loss * 1.0 + (loss - loss.detach()).abs().sqrt()  # 0 in value, infinite in slope
+
+
+@pytest.mark.parametrize("change, named", [(lambda loss, n: loss * float("nan"), "loss is nan"), (lambda loss, n: loss * float("inf"), "loss is inf"),
+                                           (nan_gradient, "gradient norm is")], ids=["nan", "inf", "gradient"])
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(change, named, tmp_path, call, monkeypatch):
+    spoil(monkeypatch, change)
+    code, _, err = call(command(tmp_path, "--save-every", 2, updates=9))
+    message = err.splitlines()[-1]
+    assert code == 2 and named in message and "last good checkpoint is kept" in message and str(tmp_path / "a") in message and "--lr" in message
+    assert "Traceback" not in err and len(log_rows(tmp_path / "a")) == 5
+    ttt, manifest = load_adapter(tmp_path / "a", load_model("tiny-llama"))
+    assert manifest["updates"] == 4 and all(p.isfinite().all() for p in ttt.parameters())
+
+
+def test_a_climbing_loss_stops_the_run(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(train_minimal, "WINDOW", 3)
+    spoil(monkeypatch, lambda loss, calls: loss * 3)
+    code, _, err = call(command(tmp_path, "--save-every", 2, updates=30))
+    message = err.splitlines()[-1]
+    assert code == 2 and "loss climbed from" in message and "is kept" in message
+    assert len(log_rows(tmp_path / "a")) < 12 and load_adapter(tmp_path / "a", load_model("tiny-llama"))
+
+
+def test_divergence_before_the_first_checkpoint_says_so(tmp_path, call, monkeypatch):
+    spoil(monkeypatch, lambda loss, calls: loss * float("nan"), after=1)
+    code, _, err = call(command(tmp_path))
+    assert code == 2 and "there was no checkpoint yet" in err and not (tmp_path / "a" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("losses, stops", [([1.0] * 25 + [2.9] * 25, False), ([1.0] * 25 + [3.1] * 25, True), ([9.0, 0.1] * 40, False),
+                                           ([5.0] * 25 + [1.0] * 25 + [3.1] * 25, True), ([30.0] * 24, False)])
+def test_what_counts_as_climbing(losses, stops):
+    assert train_minimal.WINDOW == 25
+    if stops:
+        with pytest.raises(train_minimal.Diverged):
+            train_minimal.check_course(losses, len(losses))
+    else:
+        train_minimal.check_course(losses, len(losses))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    rates = [train_minimal.learning_rate(u, 520, 2e-3, 50) for u in range(520)]
+    assert rates[0] == pytest.approx(2e-3 / 50) and max(rates) == pytest.approx(2e-3) and rates.index(max(rates)) in (49, 50)
+    assert all(a < b for a, b in zip(rates[:49], rates[1:50])) and all(a > b for a, b in zip(rates[50:], rates[51:]))
+    assert rates[-1] == pytest.approx(2e-4, rel=0.01) and train_minimal.learning_rate(0, 1, 1.0, 0) == 1.0
+
+
+# ---- resuming ----
+
+def interrupt_at(monkeypatch, objective, update):
+    step, calls = objectives.OBJECTIVES[objective], []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == update:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setitem(train_minimal.OBJECTIVES, objective, interrupted)
+
+
+ADAPTER = {"recall": "adapter.safetensors", "lm": "adapter.safetensors", "context": "lora/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("objective", ADAPTER)
+def test_a_resumed_arm_is_the_uninterrupted_one_byte_for_byte(objective, tmp_path, call, monkeypatch):
+    straight, broken = command(tmp_path / "straight", "--save-every", 2, objective=objective, updates=7), \
+        command(tmp_path / "broken", "--save-every", 2, objective=objective, updates=7)
+    assert call(straight)[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, objective, 6)  # the fifth update is done, the checkpoint is of the fourth
+        code, _, err = call(broken)
+    assert code == 130 and "interrupted: its last checkpoint is kept" in err and "--resume" in err
+    assert read_manifest(tmp_path / "broken/a")["updates"] == 4
+    assert call([*broken, "--resume"])[0] == 0
+    one, two = tmp_path / "straight/a", tmp_path / "broken/a"
+    assert (one / ADAPTER[objective]).read_bytes() == (two / ADAPTER[objective]).read_bytes()
+    timeless = lambda rows: [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
+    assert timeless(log_rows(one)) == timeless(log_rows(two)) and read_manifest(two)["updates"] == 7
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+
+
+def test_resume_without_a_checkpoint_starts_over_and_a_finished_arm_stays(tmp_path, call, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "recall", 3)
+        code, _, err = call(command(tmp_path))
+    assert code == 130 and "no checkpoint yet" in err and not (tmp_path / "a/manifest.json").exists()
+    assert call([*command(tmp_path), "--resume"])[0] == 0 and call(command(tmp_path / "straight"))[0] == 0
+    assert (tmp_path / "a/adapter.safetensors").read_bytes() == (tmp_path / "straight/a/adapter.safetensors").read_bytes()
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()}
+    code, out, _ = call([*command(tmp_path), "--resume"])
+    assert code == 0 and "already trained for 4 updates" in out
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1),
+                                    ("--objective", "context")], ids=lambda c: c[0])
+@pytest.mark.parametrize("finished", [False, True], ids=["partial", "finished"])
+def test_resume_refuses_another_arm(change, finished, tmp_path, call, monkeypatch):
+    with monkeypatch.context() as patch:
+        if not finished:
+            interrupt_at(patch, "recall", 3)
+        call(command(tmp_path, "--save-every", 1, updates=3))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, _, err = call([*command(tmp_path, "--save-every", 1, updates=3), *map(str, change), "--resume"])
+    assert code == 2 and len(err.splitlines()) == 1 and "another" in err and str(tmp_path / "a") in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_cut_state_is_one_clear_line(tmp_path, call, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "recall", 3)
+        call(command(tmp_path, "--save-every", 1))
+    state = tmp_path / "a" / train_minimal.STATE
+    state.write_bytes(state.read_bytes()[:100])
+    code, _, err = call([*command(tmp_path, "--save-every", 1), "--resume"])
+    assert code == 2 and len(err.splitlines()) == 1 and str(state) in err and "Traceback" not in err
+
+
+def test_a_trained_arm_is_not_trained_over(tmp_path, call):
+    assert call(command(tmp_path, updates=1))[0] == 0
+    before = (tmp_path / "a/train.jsonl").read_bytes()
+    code, _, err = call(command(tmp_path, updates=1))
+    assert code == 2 and len(err.splitlines()) == 1 and "already holds a trained arm" in err and "--resume" in err
+    assert (tmp_path / "a/train.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_in_a_terminal_keeps_the_last_checkpoint(tmp_path):
+    """The signal reaches the whole process group, data workers included, as a terminal sends it."""
+    argv = command(tmp_path, "--save-every", 2, "--workers", 1, updates=100000)
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 90
+    while not (tmp_path / "a/manifest.json").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted: its last checkpoint is kept in" in err and str(tmp_path / "a") in err and "--resume" in err and "Traceback" not in err
+    ttt, manifest = load_adapter(tmp_path / "a", load_model("tiny-llama"))
+    assert manifest["updates"] % 2 == 0 and manifest["updates"] <= len(log_rows(tmp_path / "a"))
+
+
+# ---- the reported run ----
+
+@pytest.mark.parametrize("objective, arm", [("recall", "smollm2-recall"), ("lm", "smollm2-lm"), ("context", "smollm2-tuned")])
+def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
+    """Typing the command of the docs without any option repeats the committed arm; the options it was given change nothing."""
+    manifest = json.loads((ROOT / "checkpoints" / arm / "manifest.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(sys, "argv", ["train_minimal.py", *(["--objective", objective] if objective != "recall" else [])])
+    arguments = train_minimal.parse_arguments()
+    row = model_utils.find_row(arguments.model)
+    config = train_minimal.ttt_config(arguments, row)
+    assert (arguments.model, arguments.objective, arguments.updates, arguments.seed) == \
+        (manifest["model"], manifest["objective"], manifest["updates"], manifest["seed"])
+    assert {name: getattr(arguments, name) for name in manifest["optimizer"]} == manifest["optimizer"]
+    assert manifest["ttt"] == (config.to_dict() if config else None) and row.gguf.sha256 == manifest["model_sha256"]
+    assert manifest["lora"] == (None if config else train_minimal.LORA) and manifest["data"] == arguments.data
+
+
+def test_the_three_arms_saw_the_same_examples():
+    """The fair ceiling and the memory arm differ in what reads the conversation, not in data or budget."""
+    arms = [json.loads((ROOT / f"checkpoints/{arm}/manifest.json").read_text(encoding="utf-8")) for arm in ("smollm2-recall", "smollm2-tuned", "smollm2-lm")]
+    for field in ("data", "data_sha256", "updates", "seed", "model_sha256"):
+        assert len({arm[field] for arm in arms}) == 1, field
+    assert len({(arm["optimizer"]["conversations"], arm["optimizer"]["probes"]) for arm in arms}) == 1
+
+
+# ---- random weights at full size ----
+
+def test_exercise_says_what_each_stage_costs_and_scores_nothing(tmp_path, monkeypatch, capsys):
+    for name, value in (("CONVERSATIONS", 8), ("TEXT_TOKENS", 20), ("PROBES", 2), ("NEW_TOKENS", 3)):
+        monkeypatch.setattr(exercise, name, value)
+    monkeypatch.setattr(sys, "argv", ["exercise.py", "--model", "tiny-qwen3", "--device", "cpu", "--out", str(tmp_path)])
+    exercise.main()
+    report = json.loads((tmp_path / "tiny-qwen3.json").read_text(encoding="utf-8"))
+    assert report["scored"] is False and report["weights"] == "random" and "not scored" in capsys.readouterr().out
+    assert len(report["stages"]) == 4 and all(stage["seconds"] >= 0 for stage in report["stages"])
+    assert report["bytes_per_memory"] > 0 and report["ttt"]["layers"] == [1, 2]

@@ -1,0 +1,241 @@
+"""What an update sees: packed rows are the arithmetic of one prompt per question, and a batch is (seed, update) and nothing else."""
+import copy
+import json
+import random
+import types
+
+import pytest
+import torch
+from conftest import batch_of, strengthen, tiny, token_rows, widen, write_once
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import prompts
+import training_bank
+import training_data
+from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import UserError, file_sha256
+from model_utils import MODELS
+from objectives import answer_loss, lm_step, pad_right
+from training_data import IGNORE, BankDataset, Example, TextDataset, batches, load_texts, pack
+
+TOKENIZER = tiny("tiny-llama").tokenizer
+
+
+def narrow_gemma():
+    """tiny-gemma3 whose sliding window is shorter than a question's distance from the start of its prefix."""
+    config = copy.deepcopy(MODELS["tiny-gemma3"].config)
+    config.sliding_window = 12
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = widen(AutoModelForCausalLM.from_config(config).double().eval()).requires_grad_(False)
+    return types.SimpleNamespace(model=model, tokenizer=TOKENIZER, device=torch.device("cpu"))
+
+
+READERS = {name: lambda name=name: tiny(name) for name in ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3")} | {"narrow gemma3": narrow_gemma}
+
+
+def random_examples():
+    """Three examples with prefixes, questions and answers of different lengths and numbers."""
+    lengths = [(30, [(9, 4), (5, 1), (7, 6)]), (11, [(6, 3)]), (23, [(4, 2), (8, 5)])]
+    rows = iter(token_rows([n for prefix, pairs in lengths for n in (20, prefix, *(m for pair in pairs for m in pair))], seed=4))
+    return [Example(next(rows), next(rows), [(next(rows), next(rows)) for _ in pairs]) for _, pairs in lengths]
+
+
+# ---- packing ----
+
+@pytest.mark.parametrize("memory", [False, True], ids=["base", "memory"])
+@pytest.mark.parametrize("reader", READERS)
+def test_packed_prompts_equal_one_prompt_per_question(reader, memory):
+    """The oracle is the library's own forward of each prompt, without a mask and without padding."""
+    loaded, examples = READERS[reader](), random_examples()
+    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig((1, 2), None, unit_keys=True)).double())
+    try:
+        with torch.no_grad():
+            _, written = write_once(loaded.model, ttt, *batch_of([e.written for e in examples]))
+            if not memory:
+                written = written.scale(0.0)
+            seen = []
+            hook = loaded.model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+            with ttt.read(written):
+                step = answer_loss(loaded, examples, torch.device("cpu"))
+            hook.remove()
+            logits, wanted = [], []
+            for i, example in enumerate(examples):
+                for question, answer in example.pairs:
+                    with ttt.read(written.select([i])):
+                        out = loaded.model(input_ids=torch.tensor([example.prefix + question + answer]), use_cache=False).logits[0]
+                    logits.append(out[-len(answer) - 1:-1])
+                    wanted += answer
+        logits, wanted = torch.cat(logits), torch.tensor(wanted)
+        assert step.labels == len(wanted) == 21
+        torch.testing.assert_close(seen[0], logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(step.loss.double(), cross_entropy(logits, wanted), atol=1e-5, rtol=0)
+        assert step.right.item() == (logits.argmax(-1) == wanted).sum().item()
+    finally:
+        ttt.detach()
+
+
+def test_the_narrow_window_of_the_packing_test_does_cut():
+    narrow, row = narrow_gemma(), torch.tensor(token_rows((40,)))
+    wide = copy.deepcopy(tiny("tiny-gemma3").model)
+    wide.load_state_dict(narrow.model.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(narrow.model(input_ids=row).logits[0, -1], wide(input_ids=row).logits[0, -1], atol=1e-4)
+
+
+def test_labels_stand_exactly_on_the_answers():
+    examples = BankDataset(TOKENIZER, ("en", "zh"), 1, 4, 5, 0, shown=False)[0]
+    packed = pack(examples, TOKENIZER.pad_token_id, "cpu")
+    for example, ids, labels in zip(examples, packed.ids.tolist(), packed.labels.tolist()):
+        marked = [(i, label) for i, label in enumerate(labels) if label != IGNORE]
+        assert all(ids[i] == label for i, label in marked)
+        assert [label for _, label in marked] == [token for _, answer in example.pairs for token in answer]
+        at = len(example.prefix)
+        for question, answer in example.pairs:
+            assert labels[at:at + len(question)] == [IGNORE] * len(question)
+            at += len(question) + len(answer)
+            assert labels[at - len(answer):at] == answer
+
+
+def test_loss_of_the_next_token_objective_ignores_pads():
+    """A row's padding and its neighbours change neither the loss nor the count: the oracle is each text alone."""
+    loaded, rows = tiny("tiny-qwen3"), token_rows((25, 9, 14), seed=7)
+    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig((1, 2), 4)).double())
+    try:
+        with torch.no_grad():
+            together = lm_step(loaded, ttt, rows, torch.device("cpu"))
+            alone = [lm_step(loaded, ttt, [row], torch.device("cpu")) for row in rows]
+        assert [s.labels for s in alone] == [24, 8, 13] and together.labels == 45
+        assert together.loss.item() == pytest.approx(sum(s.loss.item() * s.labels for s in alone) / 45, abs=1e-5)
+        assert together.memory.tokens.tolist() == [25, 9, 14] and together.memory.chunks.tolist() == [7, 3, 4]
+    finally:
+        ttt.detach()
+
+
+def test_pad_right_keeps_every_token_and_marks_it():
+    ids, mask = pad_right([[1, 2, 3], [4]], 9, "cpu")
+    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# ---- the bank's batches ----
+
+def bank(seed=0, shown=False, langs=("en", "zh"), updates=5):
+    return BankDataset(TOKENIZER, langs, updates, 3, 4, seed, shown)
+
+
+def test_a_batch_is_a_function_of_seed_and_update_whatever_the_workers():
+    expected = [bank()[u] for u in (4, 2, 0, 1, 3)]  # asked for out of order, and from the middle
+    expected = [expected[i] for i in (2, 3, 1, 4, 0)]
+    random.seed(99)
+    torch.manual_seed(99)
+    for workers in (0, 1, 2):
+        assert list(batches(bank(), workers)) == expected
+    assert list(batches(bank(), 2, start=3)) == expected[3:]
+    assert len({str(batch) for batch in expected}) == 5 and bank(seed=1)[0] != expected[0]
+
+
+def test_more_updates_do_not_change_the_first_ones():
+    assert [bank(updates=9)[u] for u in range(2)] == [bank(updates=2)[u] for u in range(2)]
+
+
+def test_the_prompt_shows_the_conversation_only_when_it_is_asked_to():
+    for hidden, shown in zip(bank()[3], bank(shown=True)[3]):
+        written = TOKENIZER.decode(hidden.written)
+        assert hidden.written == shown.written and hidden.pairs == shown.pairs
+        assert TOKENIZER.decode(shown.prefix).endswith(written) and written not in TOKENIZER.decode(hidden.prefix)
+        assert all(line not in TOKENIZER.decode(hidden.prefix) for line in written.splitlines())
+
+
+def test_questions_and_answers_are_said_in_the_experiments_form():
+    rng = random.Random("0/1")
+    sample = training_bank.sample_conversation(rng, "en", "train")
+    example = bank()[1][0]
+    asked = {(prompts.FORMS["en"].question.format(question=p["question"]), f" {p['gold_answer']}\n") for p in sample["probes"]}
+    said = [(TOKENIZER.decode(q), TOKENIZER.decode(a)) for q, a in example.pairs]
+    assert TOKENIZER.decode(example.written) == sample["conversation"] and set(said) <= asked
+    assert len(said) == len(set(said)) == min(4, len(sample["probes"]))
+
+
+def test_languages_take_turns_and_prose_comes_every_fourth_update():
+    dataset = bank(updates=8)
+    is_chinese = lambda example: any("\u4e00" <= c <= "\u9fff" for c in TOKENIZER.decode(example.written))
+    prose = {lang: training_bank.passages(lang) for lang in ("en", "zh")}
+    for update in range(8):
+        batch = dataset[update]
+        assert [is_chinese(e) for e in batch] == [False, True, False]
+        holds = [any(p in TOKENIZER.decode(e.written) for p in prose["zh" if is_chinese(e) else "en"]) for e in batch]
+        assert holds == [update % 4 == 3] * 3
+
+
+# ---- texts for the next-token objective ----
+
+def test_text_rows_are_cut_at_the_length_and_seeded():
+    texts = ["a short one", "x" * 100, "z" * 31]
+    dataset = TextDataset(TOKENIZER, texts, 6, 4, 32, seed=0)
+    rows = [row for u in range(6) for row in dataset[u]]
+    assert len(rows) == 24 and {TOKENIZER.decode(row) for row in rows} == {"a short one", "x" * 32, "z" * 31}
+    assert list(batches(dataset, 2)) == [dataset[u] for u in range(6)]
+    assert [TextDataset(TOKENIZER, texts, 6, 4, 32, seed=1)[u] for u in range(6)] != [dataset[u] for u in range(6)]
+
+
+def test_a_txt_file_has_texts_between_blank_lines(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("one\ntwo\n\n\n\n  three  \r\n\r\n四".encode())
+    texts, sha = load_texts(str(path), ("en",))
+    assert texts == ["one\ntwo", "three", "四"] and sha == file_sha256(path)
+
+
+def test_a_jsonl_file_has_a_text_a_line(tmp_path):
+    """Line separators inside a text (U+2028, U+0085) are not line ends of the file."""
+    path = tmp_path / "texts.jsonl"
+    wanted = ["one\ntwo", "a\u2028b\u0085c", "四"]
+    path.write_text("\n".join(json.dumps({"text": t, "other": 1}, ensure_ascii=False) for t in wanted) + "\n\n", encoding="utf-8")
+    assert load_texts(str(path), ("en",))[0] == wanted
+
+
+def test_the_banks_texts_are_its_training_conversations():
+    texts, sha = load_texts("bank", ("en", "zh"))
+    assert sha == training_bank.bank_sha256() and texts[6] == texts[6] and texts[6] != texts[8]
+    assert texts[6] == training_bank.sample_conversation(random.Random("text/6"), "en", "train")["conversation"]
+    assert any("\u4e00" <= c <= "\u9fff" for c in texts[7]) and not any("\u4e00" <= c <= "\u9fff" for c in texts[6])
+    assert random.Random(0).choice(texts) == random.Random(0).choice(load_texts("bank", ("en", "zh"))[0])
+
+
+BAD_FILES = {
+    "none.txt": (None, ("none.txt", "no such file")),
+    "empty.txt": (b" \n\n \n", ("empty.txt", "holds no text")),
+    "empty.jsonl": (b"\n\n", ("empty.jsonl", "holds no text")),
+    "latin.txt": ("caf\u00e9".encode("latin-1"), ("latin.txt", "UTF-8", "byte 3")),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": ', ("broken.jsonl", "line 3")),
+    "other.jsonl": (b'{"text": "a"}\n{"words": "b"}\n', ("other.jsonl", "line 2", '"text"')),
+    "number.jsonl": (b'{"text": 5}\n', ("number.jsonl", "line 1")),
+    "list.jsonl": (b'["text"]\n', ("list.jsonl", "line 1")),
+    "blank.jsonl": (b'{"text": "  "}\n', ("blank.jsonl", "line 1")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_holds_no_texts_is_one_clear_line(name, tmp_path):
+    content, named = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_texts(str(tmp_path / name), ("en",))
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in named)
+
+
+def test_the_hubs_corpus_as_texts_and_without_a_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    texts, source = load_texts("no_robots", ("en",))
+    assert texts == ["user: hi\nassistant: ho"] and training_data.NO_ROBOTS in source
+
+    def offline(name, split):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match="no_robots.*ConnectionError.*--data bank") as error:
+        load_texts("no_robots", ("en",))
+    assert "\n" not in str(error.value)
