@@ -131,6 +131,8 @@ def text_length(condition: Condition, sample: dict, texts: Texts) -> int:
 def write_memory(loaded: Loaded, ttt: InPlaceTTT, job: Job, texts: Texts) -> Memory:
     """One memory row per sample of the job; several texts of a sample are written one on top of the other."""
     rows = [texts.written(job.condition, sample) for sample in job.samples]
+    for sample, row_ in zip(job.samples, rows):
+        check_window(loaded.model, max(map(len, row_)), f"{sample['sample_id']} {job.condition.name}, the text to write")
     memory = None
     for turn in zip(*rows):
         memory, _ = write_rows(loaded.model, ttt, list(turn), loaded.tokenizer.pad_token_id, memory)
