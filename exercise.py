@@ -86,6 +86,7 @@ def main() -> None:
         ttt = InPlaceTTT(loaded.model, row.ttt)
     except ValueError as error:
         raise UserError(str(error)) from error
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)
     steps, state = stages(loaded, ttt)
     for name, function in steps:
         function()  # warm-up
@@ -100,9 +101,7 @@ def report(arguments, loaded: Loaded, state, table, reason: str) -> None:
         print(f"  {name:55s} {seconds:9.3f} s   peak {'-' if peak is None else f'{peak:.1f} GB'}")
     per_memory = state["memory"].nbytes() / CONVERSATIONS
     print(f"  memory of one conversation: {per_memory / 1e6:.2f} MB\n  not scored: the weights are random")
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{loaded.row.name}.json", {
+    write_json(Path(arguments.out) / f"{loaded.row.name}.json", {
         "model": loaded.row.name, "weights": "random", "scored": False, "parameters": parameters, "ttt": loaded.row.ttt.to_dict(),
         "stages": [{"stage": n, "seconds": round(s, 4), "peak_gb": p and round(p, 2)} for n, s, p in table],
         "bytes_per_memory": int(per_memory), "device": reason, **provenance()})

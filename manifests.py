@@ -16,11 +16,17 @@ class UserError(Exception):
 
 
 def run_script(main) -> None:
-    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main(); a UserError, or a path or disk that refuses, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno is None:  # no word of the operating system: a library's own error, and a defect here
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error.filename or 'writing'}: {error.strerror}; "
+              "choose another path, or mend its permissions or the free space", file=sys.stderr)
         sys.exit(2)
 
 

@@ -73,13 +73,17 @@ class Texts:
             self.groups.setdefault((sample["level"], sample["lang"]), []).append(sample)
         self.place = {s["sample_id"]: i for group in self.groups.values() for i, s in enumerate(group)}
         self.encoded = functools.cache(functools.partial(prompts.encode, tokenizer))
+        self.head = functools.cache(functools.partial(prompts.head_ids, tokenizer))
+        self.asked = functools.cache(functools.partial(prompts.tail_ids, tokenizer))
 
     def written(self, condition: Condition, sample: dict) -> list[list[int]]:
         """The texts a condition writes for a sample, one after the other, as token lists."""
         group, place = self.groups[sample["level"], sample["lang"]], self.place[sample["sample_id"]]
+        needed = 2 if condition.written == "swapped" else condition.merge
+        if len(group) < needed:
+            raise UserError(f"{condition.name}: level {sample['level']} {sample['lang']} of the benchmark has {len(group)} of the {needed} "
+                            "samples it needs; leave the condition out or add samples")
         if condition.written == "swapped":
-            if len(group) < 2:
-                raise UserError(f"{condition.name}: level {sample['level']} {sample['lang']} has one sample; it needs two")
             chosen = [group[(place + len(group) // 2) % len(group)]]
         else:
             first = place // condition.merge * condition.merge
@@ -128,11 +132,21 @@ def text_length(condition: Condition, sample: dict, texts: Texts) -> int:
     return written + (len(texts.shown(condition, sample)) if condition.shown else 0)
 
 
+def check_lengths(model, conditions, samples, texts: Texts) -> None:
+    """UserError, before anything is asked, for a text to write or a prompt with its answer that exceeds the model's window."""
+    for condition in conditions:
+        for sample in (s for s in samples if s["level"] in condition.levels):
+            what, lang = f"{sample['sample_id']} {condition.name}", sample["lang"]
+            written = texts.written(condition, sample) if condition.written and not condition.one_pass else []
+            check_window(model, max(map(len, written), default=0), f"{what}, the text to write")
+            prompt = len(texts.head(lang, with_text=condition.shown is not None)) + (len(texts.shown(condition, sample)) if condition.shown else 0)
+            longest = max(len(texts.asked(lang, probe["question"])) for probe in sample["probes"])
+            check_window(model, prompt + longest + MAX_NEW_TOKENS, what)
+
+
 def write_memory(loaded: Loaded, ttt: InPlaceTTT, job: Job, texts: Texts) -> Memory:
     """One memory row per sample of the job; several texts of a sample are written one on top of the other."""
     rows = [texts.written(job.condition, sample) for sample in job.samples]
-    for sample, row_ in zip(job.samples, rows):
-        check_window(loaded.model, max(map(len, row_)), f"{sample['sample_id']} {job.condition.name}, the text to write")
     memory = None
     for turn in zip(*rows):
         memory, _ = write_rows(loaded.model, ttt, list(turn), loaded.tokenizer.pad_token_id, memory)
@@ -146,7 +160,7 @@ def read_prompt(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, 
     """Everything before the questions: (Past of one row a sample, memory, tokens of the longest prompt so far)."""
     model, tokenizer, condition = loaded.model, loaded.tokenizer, job.condition
     lang = job.samples[0]["lang"]
-    head = prompts.head_ids(tokenizer, lang, with_text=condition.shown is not None)
+    head = texts.head(lang, with_text=condition.shown is not None)
     shown = [texts.shown(condition, s) if condition.shown else [] for s in job.samples]
     if condition.one_pass:
         _, past = prefill(model, [head] * len(shown), tokenizer.pad_token_id)
@@ -171,8 +185,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts) -> li
     past, memory, before = read_prompt(loaded, ttt, job, texts, memory)
     # every sample asks `width` questions; one with fewer repeats its last, and the repeats are dropped
     asked = [probes + [probes[-1]] * (job.width - len(probes)) for probes in job.probes]
-    tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for probes in asked for probe in probes]
-    check_window(model, max(before) + max(map(len, tails)) + MAX_NEW_TOKENS, f"{job.samples[0]['sample_id']} {job.condition.name}")
+    tails = [texts.asked(lang, probe["question"]) for probes in asked for probe in probes]
     with reading(ttt, memory):
         logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(job.width))
         predictions = greedy(model, tokenizer, logits, past, MAX_NEW_TOKENS)
@@ -236,7 +249,7 @@ def open_folder(out: Path, resume: bool, mine: dict) -> tuple[set, dict]:
 
 def choose_conditions(names: str, with_adapter: bool, with_tuned: bool, levels) -> list[Condition]:
     chosen = []
-    for name in names.split(","):
+    for name in dict.fromkeys(names.split(",")):
         if name not in CONDITIONS:
             raise UserError(f"--conditions {name}: unknown; use some of {','.join(CONDITIONS)}")
         condition = CONDITIONS[name]
@@ -252,7 +265,7 @@ def choose_conditions(names: str, with_adapter: bool, with_tuned: bool, levels) 
 
 
 def parse_list(text: str, allowed, name: str) -> tuple:
-    values = tuple(type(allowed[0])(part) if part.isdigit() or isinstance(allowed[0], str) else part for part in text.split(","))
+    values = tuple(type(allowed[0])(part) if part.isdecimal() or isinstance(allowed[0], str) else part for part in text.split(","))
     for value in values:
         if value not in allowed:
             raise UserError(f"{name} {text}: {value!r} is not one of {', '.join(map(str, allowed))}")
@@ -303,6 +316,10 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     tuned = read_manifest(arguments.tuned_adapter) if arguments.tuned_adapter else None
     if tuned:
         check_base(tuned, arguments.tuned_adapter, loaded)
+        if not tuned.get("lora"):
+            raise UserError(f"{arguments.tuned_adapter}: holds no LoRA (objective {tuned.get('objective')}); pass it as --adapter")
+    texts = Texts(bench, loaded.tokenizer)
+    check_lengths(loaded.model, conditions, samples, texts)
     arm = manifest.get("arm", f"{loaded.row.name}-base")
     out = Path(arguments.out or f"results/{arm}")
     sha = lambda m: m and next(iter(m["files"].values()), None)
@@ -320,7 +337,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
               "ttt": manifest.get("ttt"), "identity": mine, "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
     write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})
     try:
-        rows = ask_everything(arguments, loaded, ttt, conditions, samples, bench, done, out)
+        rows = ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, out)
     except KeyboardInterrupt:
         print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}"
               f"{'' if arguments.resume else ' --resume'}", file=sys.stderr)
@@ -329,9 +346,8 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     print(f"{rows} rows in {out}; next: python evaluate.py {out}")
 
 
-def ask_everything(arguments, loaded, ttt, conditions, samples, bench, done, out: Path) -> int:
+def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, done, out: Path) -> int:
     """All jobs, the base's first and the LoRA's last; returns the number of rows in the file."""
-    texts = Texts(bench, loaded.tokenizer)
     jobs = plan(conditions, samples, done, texts, arguments.batch_size)
     count = len(done)
     # the bar counts tokens to run, not probes: a long text costs more than a short one

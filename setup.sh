@@ -11,7 +11,7 @@ usage: bash setup.sh               make the environment in .venv and say what to
 
 Set in the environment:
   PYTHON       the interpreter to build .venv with (default: python3.11, else any python3 from 3.11 on)
-  DEMO_LIMIT   conversations a level in the demo (default 6; the whole benchmark has 100)
+  DEMO_LIMIT   conversations a level in the demo (default 4; the whole benchmark has 100)
   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS
                as pip reads them. The torch that PyPI serves to Linux brings gigabytes of CUDA libraries; on a machine
                without an NVIDIA GPU, name the CPU index given on PyTorch's installation page in PIP_EXTRA_INDEX_URL.
@@ -97,7 +97,7 @@ step() {
 }
 
 demo() {
-    local limit="${DEMO_LIMIT:-6}" out="results/demo" python=".venv/bin/python" run
+    local limit="${DEMO_LIMIT:-4}" out="results/demo" python=".venv/bin/python" run
     [[ "$limit" =~ ^[1-9][0-9]*$ ]] || fail "DEMO_LIMIT is '$limit'; give a whole number from 1 on" 2
     run="$out/limit-$limit"  # a level deeper than other runs: evaluate.py takes it only when it is named
     trap 'echo; echo "Stopped. The answers so far are kept: bash setup.sh demo goes on from there."; exit 130' INT

@@ -6,7 +6,7 @@ Objectives:
     recall   write the conversation, drop it, cross-entropy of the answers; the gradient flows through the write
     lm       the public attempt's: next-token loss on a text that attention still sees while it is written
     context  no fast weights: a LoRA that answers with the conversation in the prompt (A_tuned, the fair ceiling)
-Only the adapter trains; that the base did not change is checked by hash at the end.
+Only the adapter trains; that the base did not change is checked by hash before every checkpoint.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -128,10 +128,12 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base; the adapter is float32")
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
-    arguments.lr = arguments.lr or LR[arguments.objective]
-    for name in ("conversations", "probes", "updates", "save_every"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
+    arguments.lr = LR[arguments.objective] if arguments.lr is None else arguments.lr
+    if not arguments.lr > 0:
+        raise UserError(f"--lr {arguments.lr:g}: use a number above 0")
+    for name, least in {"conversations": 1, "probes": 1, "updates": 1, "save_every": 1, "workers": 0, "warmup": 0}.items():
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use {least} or more")
     return arguments
 
 
@@ -150,12 +152,16 @@ def ttt_config(arguments, row):
     return config
 
 
-def make_dataset(arguments, loaded: Loaded):
-    """(dataset, hash of what it draws from)."""
-    langs = tuple((arguments.lang or ",".join(loaded.row.langs)).split(","))
+def bank_langs(arguments, row) -> tuple[str, ...]:
+    langs = tuple((arguments.lang or ",".join(row.langs)).split(","))
     unknown = [lang for lang in langs if lang not in training_bank.BANK_LANGS]
     if unknown:
         raise UserError(f"--lang {arguments.lang}: the bank has no {unknown[0]!r}; use {', '.join(training_bank.BANK_LANGS)}")
+    return langs
+
+
+def make_dataset(arguments, loaded: Loaded, langs):
+    """(dataset, hash of what it draws from)."""
     common = (arguments.updates, arguments.conversations)
     if arguments.objective == "lm":
         texts, sha = load_texts(arguments.data, langs)
@@ -167,7 +173,7 @@ def make_dataset(arguments, loaded: Loaded):
 def main() -> None:
     arguments = parse_arguments()
     row = find_row(arguments.model)
-    config = ttt_config(arguments, row)
+    config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
     folder = Path(arguments.out) / arguments.arm
     if (folder / "manifest.json").exists() and not arguments.resume:
         raise UserError(f"{folder}: already holds a trained arm; add --resume, name another --arm, or remove the folder")
@@ -180,10 +186,10 @@ def main() -> None:
     ttt, lora = attach(config, loaded, arguments.seed)
     trained = {name: p for name, p in (ttt or lora).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=arguments.lr, weight_decay=0.0)
-    dataset, data_sha = make_dataset(arguments, loaded)
+    dataset, data_sha = make_dataset(arguments, loaded, langs)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": ttt is not None, "seed": arguments.seed, "ttt": config.to_dict() if config else None,
-                "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "data_sha256": data_sha,
+                "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
                               "probes": arguments.probes}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)
@@ -195,6 +201,8 @@ def main() -> None:
     losses = keep_log(folder / "train.jsonl", done)
 
     def save(update: int) -> None:
+        if base_digest(loaded) != before:  # before a checkpoint of it can be mistaken for a good one
+            raise RuntimeError("the base changed during training although it is frozen; nothing more was saved")
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
         save_checkpoint(folder, ttt, lora, manifest | {"updates": update})
@@ -203,8 +211,6 @@ def main() -> None:
 
     with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
         run_training(arguments, lambda: train(arguments, loaded, ttt, list(trained.values()), optimizer, dataset, losses, log, save), folder)
-    if base_digest(loaded) != before:
-        raise RuntimeError("the base changed during training although it is frozen; this checkpoint must not be used")
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
           f"{'--adapter' if ttt else '--tuned-adapter'} {folder}")
 
@@ -230,8 +236,8 @@ def base_digest(loaded: Loaded) -> str:
 
 def identity(manifest: dict, updates: int) -> dict:
     """What must be equal for a resumed run to end where an uninterrupted one would."""
-    names = ("model_sha256", "objective", "seed", "ttt", "lora", "data_sha256", "optimizer")
-    return {name: manifest[name] for name in names} | {"updates": updates}
+    names = ("model_sha256", "objective", "seed", "ttt", "lora", "langs", "data_sha256", "optimizer")
+    return {name: manifest.get(name) for name in names} | {"updates": updates}
 
 
 def save_state(folder: Path, trained: dict, optimizer, mine: dict, done: int) -> None:
@@ -259,7 +265,11 @@ def resume(folder: Path, mine: dict, trained: dict, optimizer) -> int:
         earlier = read_manifest(folder)
         check_same(folder, identity(earlier, earlier["updates"]), mine)
         return earlier["updates"]
-    with safe_open(str(path), framework="pt") as state:
+    try:
+        state = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); remove {folder} and train again") from error
+    with state:
         check_same(folder, json.loads(state.metadata()["identity"]), mine)
         for name, parameter in trained.items():
             parameter.data.copy_(state.get_tensor(f"{name}/value"))
@@ -300,7 +310,7 @@ def save_checkpoint(folder: Path, ttt, lora, manifest: dict) -> None:
         save_adapter(folder, ttt, manifest)
         return
     part = folder / "lora.part"
-    lora.save_pretrained(part)
+    lora.save_pretrained(part, save_embedding_layers=False)  # the base has them
     (part / "README.md").unlink()  # peft's empty model card
     shutil.rmtree(folder / "lora", ignore_errors=True)
     os.replace(part, folder / "lora")

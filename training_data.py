@@ -100,7 +100,7 @@ def load_texts(source: str, langs) -> tuple[object, str]:
     if not path.is_file():
         raise UserError(f"--data {source}: no such file; give a .txt or .jsonl file, bank, or no_robots")
     if path.suffix == ".jsonl":
-        texts = [jsonl_text(line, path, number) for number, line in enumerate(read_utf8(path).splitlines(), 1) if line.strip()]
+        texts = [jsonl_text(line, path, number) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
     else:
         texts = [part.strip() for part in read_utf8(path).split("\n\n") if part.strip()]
     if not texts:

@@ -62,7 +62,7 @@ def test_recall_learns_to_answer_from_its_own_conversation(name, attached):
     ttt = attached(loaded, layers=(0, 1, 2, 3), chunk=None, init="shift", unit_keys=True, gate=True)
     optimizer = torch.optim.AdamW(ttt.parameters(), lr=3e-2, weight_decay=0.0)
     losses = []
-    for _ in range(60):
+    for _ in range(45):
         step = recall_step(loaded, ttt, batch, CPU)
         step.loss.backward()
         optimizer.step()
@@ -75,7 +75,7 @@ def test_recall_learns_to_answer_from_its_own_conversation(name, attached):
     assert step.right.item() >= 8 > other.right.item() + 3
 
 
-def directional(loss, parameters, size=1e-2):
+def directional(loss, parameters, size=3e-3):
     """(the gradient's squared norm, the same by central differences along the gradient)."""
     gradient = torch.autograd.grad(loss(), parameters)
     square = sum((g * g).sum() for g in gradient).item()
@@ -134,7 +134,7 @@ def test_the_next_token_objective_on_one_chunk_has_nothing_to_learn_from(attache
 
 def command(out, *more, model="tiny-llama", objective="recall", updates=4):
     return ["train_minimal.py", "--model", model, "--objective", objective, "--arm", "a", "--out", str(out), "--updates", str(updates),
-            "--conversations", "2", "--probes", "2", "--warmup", "1", "--workers", "0", "--device", "cpu", *map(str, more)]
+            "--conversations", "1", "--probes", "2", "--warmup", "1", "--workers", "0", "--device", "cpu", *map(str, more)]
 
 
 @pytest.fixture
@@ -215,8 +215,8 @@ def test_context_trains_a_lora_and_only_that(tmp_path, call, monkeypatch):
     assert any(p.any() for name, p in after.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("objective", ["recall", "context"])
-@pytest.mark.parametrize("touched", ["embed_tokens.weight", "layers.1.mlp", "layers.3.mlp.down_proj"], ids=["embedding", "under a TTT layer", "elsewhere"])
+@pytest.mark.parametrize("objective, touched", [("recall", "embed_tokens.weight"), ("recall", "layers.1.mlp"), ("recall", "layers.3.mlp.down_proj"),
+                                                ("context", "layers.1.mlp")])
 def test_a_changed_base_is_noticed(objective, touched, tmp_path, call, monkeypatch):
     step = objectives.OBJECTIVES[objective]
 
@@ -313,19 +313,18 @@ ADAPTER = {"recall": "adapter.safetensors", "lm": "adapter.safetensors", "contex
 
 @pytest.mark.parametrize("objective", ADAPTER)
 def test_a_resumed_arm_is_the_uninterrupted_one_byte_for_byte(objective, tmp_path, call, monkeypatch):
-    straight, broken = command(tmp_path / "straight", "--save-every", 2, objective=objective, updates=7), \
-        command(tmp_path / "broken", "--save-every", 2, objective=objective, updates=7)
+    straight, broken = (command(tmp_path / name, "--save-every", 2, objective=objective, updates=5) for name in ("straight", "broken"))
     assert call(straight)[0] == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, objective, 6)  # the fifth update is done, the checkpoint is of the fourth
+        interrupt_at(patch, objective, 4)  # the third update is done, the checkpoint is of the second
         code, _, err = call(broken)
     assert code == 130 and "interrupted: its last checkpoint is kept" in err and "--resume" in err
-    assert read_manifest(tmp_path / "broken/a")["updates"] == 4
+    assert read_manifest(tmp_path / "broken/a")["updates"] == 2
     assert call([*broken, "--resume"])[0] == 0
     one, two = tmp_path / "straight/a", tmp_path / "broken/a"
     assert (one / ADAPTER[objective]).read_bytes() == (two / ADAPTER[objective]).read_bytes()
     timeless = lambda rows: [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
-    assert timeless(log_rows(one)) == timeless(log_rows(two)) and read_manifest(two)["updates"] == 7
+    assert timeless(log_rows(one)) == timeless(log_rows(two)) and read_manifest(two)["updates"] == 5
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
 
 
@@ -342,9 +341,10 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_arm_stays(tmp_pa
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
 
 
-@pytest.mark.parametrize("change", [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1),
-                                    ("--objective", "context")], ids=lambda c: c[0])
-@pytest.mark.parametrize("finished", [False, True], ids=["partial", "finished"])
+CHANGES = [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1), ("--objective", "context")]
+
+
+@pytest.mark.parametrize("finished, change", [*((False, c) for c in CHANGES), (True, CHANGES[0]), (True, CHANGES[2])])
 def test_resume_refuses_another_arm(change, finished, tmp_path, call, monkeypatch):
     with monkeypatch.context() as patch:
         if not finished:
