@@ -4,10 +4,12 @@ For a gated MLP with input x (the post-norm hidden state), h = act(x W_gate) * (
 layer writes one outer product per token and reads the sum of all finished chunks:
 
     target   t_i  = sum_k conv_k * x_{i+k}        depthwise conv, symmetric, never across a chunk border
-    value    v_i  = eta * g_i * (t_i P)           P multiplies on the right; g_i = 1 unless the write gate is on
+    value    v_i  = eta * u * g_i * (t_i P)       P multiplies on the right; g_i = 1 unless the write gate is on
     update   dW_c = sum_{i in chunk c} v_i (x) h_i
     output   O_i  = h_i (W_down + sum_{c' < chunk(i)} dW_c')^T          apply first, then update
 
+u = 1, except with unit targets: there x is taken at unit RMS and u is the RMS of W_down's entries, so that one step size
+suits bases whose activations and weights differ in size by orders of magnitude.
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
 The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP, bit for bit.
 """
@@ -37,6 +39,7 @@ class TTTConfig:
     init: str = "paper"               # paper: conv 0, P diagonal N(0, 0.02); shift: target = next token, P = 0.1 I
     unit_keys: bool = False           # keys and queries on the unit sphere, so that no token shouts the others down
     gate: bool = False                # learned write strength per token in (0, 2), 1 at init
+    unit_targets: bool = False        # targets at unit RMS and values in units of W_down's RMS entry: one eta for every base
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -57,11 +60,15 @@ class TTTConfig:
 
 
 class FastWeight(nn.Module):
-    """The trained parameters of one TTT layer: conv [D, K], proj P [D, D] and, when gated, gate [D] and its bias."""
+    """The trained parameters of one TTT layer: conv [D, K], proj P [D, D] and, when gated, gate [D] and its bias.
 
-    def __init__(self, hidden_size: int, config: TTTConfig, generator: torch.Generator):
+    value_unit is the u of the module docstring: the RMS of the layer's W_down, used with unit targets only.
+    """
+
+    def __init__(self, hidden_size: int, config: TTTConfig, generator: torch.Generator, value_unit: float = 1.0):
         super().__init__()
         self.config = config
+        self.step = config.eta * (value_unit if config.unit_targets else 1.0)
         self.conv = nn.Parameter(torch.zeros(hidden_size, config.kernel))
         noise = torch.randn(hidden_size, generator=generator)
         if config.init == "paper":
@@ -79,7 +86,7 @@ class FastWeight(nn.Module):
         Neighbours are looked up by token position, not by column, so pads anywhere between the tokens of a row do not
         matter. `position` counts a row's real tokens from the start of the text; chunk = position // config.chunk.
         """
-        x_BSD = x_BSD.to(self.conv.dtype)
+        x_BSD = self.source(x_BSD)
         chunk_BS = chunk_of(position_BS, self.config.chunk)
         count_B1 = mask_BS.sum(1, keepdim=True)
         # rank = how many real tokens of this row stand before the column; column_of = its inverse (pads sorted last)
@@ -96,15 +103,20 @@ class FastWeight(nn.Module):
         strength_BS = self.strength(x_BSD) * mask_BS
         return (target_BSD @ self.proj) * strength_BS.unsqueeze(-1)
 
-    def strength(self, x: torch.Tensor) -> torch.Tensor:
-        """eta times the write gate, one number a token: [..., D] -> [...]."""
+    def source(self, x: torch.Tensor) -> torch.Tensor:
+        """What targets and gate are made of: x in the adapter's dtype, at unit RMS with unit targets."""
+        x = x.to(self.conv.dtype)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=1e-12)) if self.config.unit_targets else x
+
+    def strength(self, source: torch.Tensor) -> torch.Tensor:
+        """eta times the unit times the write gate, one number a token: [..., D] -> [...]."""
         if self.config.gate:
-            return self.config.eta * 2 * torch.sigmoid(x @ self.gate + self.gate_bias)
-        return torch.full_like(x[..., 0], self.config.eta)
+            return self.step * 2 * torch.sigmoid(source @ self.gate + self.gate_bias)
+        return torch.full_like(source[..., 0], self.step)
 
     def chunk_value(self, x_CD: torch.Tensor) -> torch.Tensor:
         """v_CD of one whole chunk without pads, by the library's conv1d; what the sequential form writes."""
-        x_CD = x_CD.to(self.conv.dtype)
+        x_CD = self.source(x_CD)
         target_DC = nn.functional.conv1d(x_CD.T, self.conv[:, None, :], padding=self.config.kernel // 2, groups=x_CD.shape[1])
         return (target_DC.T @ self.proj) * self.strength(x_CD).unsqueeze(-1)
 
@@ -154,10 +166,12 @@ class InPlaceTTT(nn.Module):
         check_layers(decoder.layers, config.layers)
         hidden_size = decoder.config.hidden_size
         generator = torch.Generator().manual_seed(seed)
-        self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, config, generator) for i in config.layers})
         self._decoder = (decoder,)
         for i in config.layers:
             decoder.layers[i].mlp = TTTMLP(decoder.layers[i].mlp, i, self)
+        norm = lambda w: torch.linalg.vector_norm(w.detach(), dtype=torch.float64).item()
+        rms = lambda i: norm(self.down_proj(i).weight) / self.down_proj(i).weight.numel() ** 0.5
+        self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, config, generator, rms(i)) for i in config.layers})
         self.fast.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
 
     def detach(self) -> None:

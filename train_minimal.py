@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import training_bank
-from in_place_ttt import InPlaceTTT
+from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, provenance, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
@@ -107,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--init", choices=("paper", "shift"), help="start of conv and P (default: the model's row)")
     arm.add_argument("--target", choices=("hidden_states", "input_embed"), help="what values are made of (default: the row)")
     arm.add_argument("--unit-keys", action=argparse.BooleanOptionalAction, help="keys on the unit sphere (default: the row)")
+    arm.add_argument("--unit-targets", action=argparse.BooleanOptionalAction, help="targets at unit RMS (default: the row)")
     arm.add_argument("--gate", action=argparse.BooleanOptionalAction, help="learned write strength per token (default: the row)")
     data = parser.add_argument_group("the data")
     data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
@@ -145,7 +146,8 @@ def ttt_config(arguments, row):
     if chunk and chunk != "whole" and not chunk.lstrip("-").isdigit():
         raise UserError(f"--chunk {chunk}: give a number of tokens, or whole")
     config = override_ttt(row.ttt, layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
-                          init=arguments.init, target=arguments.target, unit_keys=arguments.unit_keys, gate=arguments.gate,
+                          init=arguments.init, target=arguments.target, unit_keys=arguments.unit_keys,
+                          unit_targets=arguments.unit_targets, gate=arguments.gate,
                           chunk=int(chunk) if chunk and chunk != "whole" else None)
     if arguments.objective == "lm" and chunk == "whole":
         raise UserError("--chunk whole: the lm objective reads back only earlier chunks; give a number of tokens")
@@ -237,7 +239,10 @@ def base_digest(loaded: Loaded) -> str:
 def identity(manifest: dict, updates: int) -> dict:
     """What must be equal for a resumed run to end where an uninterrupted one would."""
     names = ("model_sha256", "objective", "seed", "ttt", "lora", "langs", "data_sha256", "optimizer")
-    return {name: manifest.get(name) for name in names} | {"updates": updates}
+    mine = {name: manifest.get(name) for name in names} | {"updates": updates}
+    if mine["ttt"]:  # a manifest from before an option existed means its default
+        mine["ttt"] = TTTConfig(**mine["ttt"]).to_dict()
+    return mine
 
 
 def save_state(folder: Path, trained: dict, optimizer, mine: dict, done: int) -> None:

@@ -89,9 +89,12 @@ class Spy:
             hook.remove()
 
 
-def plain_chunk(fast, config, source_CD):
+def plain_chunk(fast, config, source_CD, weight_DF):
     """Values of one chunk, token by token, tap by tap."""
-    values = []
+    values, step = [], config.eta
+    if config.unit_targets:
+        source_CD = torch.stack([x / (x @ x / len(x)).sqrt() for x in source_CD])
+        step = step * weight_DF.norm() / weight_DF.numel() ** 0.5
     for i in range(len(source_CD)):
         target = torch.zeros_like(source_CD[0])
         for k in range(config.kernel):
@@ -99,11 +102,11 @@ def plain_chunk(fast, config, source_CD):
             if 0 <= j < len(source_CD):
                 target = target + fast.conv[:, k] * source_CD[j]
         gate = 2 / (1 + torch.exp(-(source_CD[i] @ fast.gate + fast.gate_bias))) if config.gate else 1.0
-        values.append(config.eta * gate * (target @ fast.proj))
+        values.append(step * gate * (target @ fast.proj))
     return values
 
 
-def plain_row(fast, config, source_LD, h_LF):
+def plain_row(fast, config, source_LD, h_LF, weight_DF):
     """(share of the output [L, D], final update [D, F]) of one row without pads."""
     keys = [h / h.norm() if config.unit_keys else h for h in h_LF]
     update, shares = torch.zeros(source_LD.shape[1], h_LF.shape[1], dtype=source_LD.dtype), []
@@ -111,14 +114,15 @@ def plain_row(fast, config, source_LD, h_LF):
     for start in range(0, len(h_LF), size):
         chunk = range(start, min(start + size, len(h_LF)))
         shares += [update @ keys[i] for i in chunk]
-        for i, value in zip(chunk, plain_chunk(fast, config, source_LD[chunk.start:chunk.stop])):
+        for i, value in zip(chunk, plain_chunk(fast, config, source_LD[chunk.start:chunk.stop], weight_DF)):
             update = update + torch.outer(value, keys[i])
     return torch.stack(shares), update
 
 
 OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(chunk=64, gate=True),
            dict(chunk=4, unit_keys=True, gate=True, eta=0.3), dict(chunk=3, target="input_embed"),
-           dict(chunk=None, target="input_embed", gate=True), dict(chunk=7, kernel=1), dict(chunk=6, kernel=9)]
+           dict(chunk=None, target="input_embed", gate=True), dict(chunk=7, kernel=1), dict(chunk=6, kernel=9),
+           dict(chunk=5, unit_targets=True, gate=True, eta=3.0), dict(chunk=None, unit_targets=True, target="input_embed")]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -134,7 +138,7 @@ def test_outputs_and_memory_follow_the_formula(family, options, attach):
         source = spy.x if ttt.config.target == "hidden_states" else embedded
         for b in range(len(rows)):
             real = mask[b].bool()
-            share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.h[b, real])
+            share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.h[b, real], ttt.down_proj(i).weight)
             torch.testing.assert_close(spy.output[b, real] - spy.base_output[b, real], share, atol=1e-12, rtol=1e-9)
             torch.testing.assert_close(memory.layers[i].to_dense().update[b], update, atol=1e-12, rtol=1e-9)
             assert update.norm() > 1e-3  # there was something to get wrong
@@ -155,6 +159,22 @@ def test_reading_adds_exactly_the_update_times_the_key(family, attach):
         torch.testing.assert_close(spy.output, spy.base_output + share, atol=1e-12, rtol=1e-9)
 
 
+def test_unit_targets_make_the_size_of_the_update_a_matter_of_the_base_alone():
+    """The same text through activations 50 times larger and a W_down 30 times larger: the same share of W_down is written."""
+    x = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    position, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool)
+    values = {}
+    for size, unit in ((1, 0.2), (50, 0.2), (50, 6.0)):
+        fast = FastWeight(8, TTTConfig((0,), 4, gate=True, unit_targets=True), torch.Generator(), unit).double()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in fast.parameters():
+            parameter.data.normal_(generator=generator)
+        values[size, unit] = fast.value(size * x, position, mask)
+    torch.testing.assert_close(values[50, 0.2], values[1, 0.2], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(values[50, 6.0], 30 * values[1, 0.2], rtol=1e-9, atol=1e-12)
+    assert values[1, 0.2].norm() > 1e-3
+
+
 def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     loaded = tiny("tiny-llama", torch.bfloat16)
     ttt = attach(loaded, layers=(1,), chunk=None, gate=True)
@@ -162,7 +182,8 @@ def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     spy = Spy(loaded.model.get_decoder().layers[1].mlp)
     _, memory = write_once(loaded.model, ttt, ids, mask)
     spy.remove()
-    _, update = plain_row(copy.deepcopy(ttt.fast["1"]).double(), ttt.config, spy.x[0].double(), spy.h[0].double())
+    _, update = plain_row(copy.deepcopy(ttt.fast["1"]).double(), ttt.config, spy.x[0].double(), spy.h[0].double(),
+                          ttt.down_proj(1).weight.double())
     assert memory.layers[1].to_dense().update.dtype == torch.float32
     torch.testing.assert_close(memory.layers[1].to_dense().update[0].double(), update, atol=1e-5 * update.abs().max().item(), rtol=1e-4)
 
@@ -171,7 +192,7 @@ def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
 
 OPTION_SETS = st.fixed_dictionaries({
     "chunk": st.one_of(st.none(), st.integers(1, 30)), "target": st.sampled_from(["hidden_states", "input_embed"]),
-    "unit_keys": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5])})
+    "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5])})
 
 
 def both_forms(loaded, options, lengths, layout, layers=(0, 2)):

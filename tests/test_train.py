@@ -402,7 +402,7 @@ def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     assert (arguments.model, arguments.objective, arguments.updates, arguments.seed) == \
         (manifest["model"], manifest["objective"], manifest["updates"], manifest["seed"])
     assert {name: getattr(arguments, name) for name in manifest["optimizer"]} == manifest["optimizer"]
-    assert manifest["ttt"] == (config.to_dict() if config else None) and row.gguf.sha256 == manifest["model_sha256"]
+    assert (config is None and manifest["ttt"] is None or TTTConfig(**manifest["ttt"]) == config) and row.gguf.sha256 == manifest["model_sha256"]
     assert manifest["lora"] == (None if config else train_minimal.LORA) and manifest["data"] == arguments.data
 
 
