@@ -1,12 +1,13 @@
-"""Folders of results: reading run.json, predictions.jsonl and train.jsonl, and grouping the runs into arms.
+"""Folders of results: opening one for more rows, reading run.json, predictions.jsonl and train.jsonl, grouping runs into arms.
 
-Every defect raises ResultsError with one line that names the file, the line or field, and the mend.
+Every defect raises an error of one line that names the file, the line or field, and the mend.
 """
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import benchmark_file
+from manifests import UserError
 
 RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (str,), "seed": (int, type(None)),
               "adapter": (str, type(None)), "benchmark": (dict,), "conditions": (list,), "levels": (list,),
@@ -26,6 +27,27 @@ MEMORYLESS = ("A_context", "A_distractor", "A_tuned", "C_nothing")  # answers th
 
 class ResultsError(ValueError):
     """Results that cannot be scored; the message is one line."""
+
+
+def open_folder(out, resume, mine):
+    """Check the results folder; returns the (condition, sample, probe) it already answers, and its run.json."""
+    rows_file, run_file = out / "predictions.jsonl", out / "run.json"
+    if not rows_file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        return set(), {}
+    if not resume:
+        raise UserError(f"{out}: already holds results; add --resume to go on with them, or name another --out")
+    earlier = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
+    for name, value in mine.items():
+        if earlier.get("identity", {}).get(name) != value:
+            raise UserError(f"{out}: its results come from another {name.removesuffix('_sha256')} "
+                            f"({str(earlier.get('identity', {}).get(name))[:12]}, now {str(value)[:12]}); name another --out")
+    text = rows_file.read_bytes()
+    if not text.endswith(b"\n"):  # a row cut short by a kill: it was never whole, so it is asked again
+        text = text[:text.rfind(b"\n") + 1]
+        rows_file.write_bytes(text)
+    rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line]
+    return {(r["condition"], r["sample_id"], r["probe_id"]) for r in rows}, earlier
 
 
 def find_runs(folders):

@@ -28,6 +28,7 @@ from in_place_ttt import InPlaceTTT
 from manifests import UserError, file_sha256, provenance, read_manifest, run_script, write_json
 from memory import Memory
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
+from results_files import open_folder
 
 MAX_NEW_TOKENS = 24       # the longest gold answer is about half of this in every tokenizer of the table
 MAX_BATCH_TOKENS = 16384  # padded tokens of one batch of long texts; bounds the memory a batch takes
@@ -226,25 +227,9 @@ def identity(arguments, loaded: Loaded, bench_sha: str, adapter_sha, tuned_sha) 
             "benchmark_sha256": bench_sha, "dtype": arguments.dtype}
 
 
-def open_folder(out: Path, resume: bool, mine: dict) -> tuple[set, dict]:
-    """Check the results folder; returns the (condition, sample, probe) it already answers, and its run.json."""
-    rows_file, run_file = out / "predictions.jsonl", out / "run.json"
-    if not rows_file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        return set(), {}
-    if not resume:
-        raise UserError(f"{out}: already holds results; add --resume to go on with them, or name another --out")
-    earlier = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
-    for name, value in mine.items():
-        if earlier.get("identity", {}).get(name) != value:
-            raise UserError(f"{out}: its results come from another {name.removesuffix('_sha256')} "
-                            f"({str(earlier.get('identity', {}).get(name))[:12]}, now {str(value)[:12]}); name another --out")
-    text = rows_file.read_bytes()
-    if not text.endswith(b"\n"):  # a row cut short by a kill: it was never whole, so it is asked again
-        text = text[:text.rfind(b"\n") + 1]
-        rows_file.write_bytes(text)
-    rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line]
-    return {(r["condition"], r["sample_id"], r["probe_id"]) for r in rows}, earlier
+def widest(earlier: dict, limit: int | None) -> int | None:
+    """The limit that covers a folder's rows; None is everything, and a resumed run may ask for less than the first."""
+    return None if limit is None or earlier and earlier["limit"] is None else max(limit, earlier.get("limit", 0))
 
 
 def choose_conditions(names: str, with_adapter: bool, with_tuned: bool, levels) -> list[Condition]:
@@ -332,7 +317,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
               "tuned_adapter": arguments.tuned_adapter, "tuned_adapter_sha256": mine["tuned_adapter_sha256"],
               "benchmark": {"file": arguments.benchmark, "sha256": mine["benchmark_sha256"]},
               "conditions": together("conditions", [c.name for c in conditions]),
-              "levels": together("levels", levels), "langs": together("langs", langs), "limit": arguments.limit,
+              "levels": together("levels", levels), "langs": together("langs", langs), "limit": widest(earlier, arguments.limit),
               **provenance(), "device": reason.split(",")[0], "dtype": arguments.dtype, "batch_size": arguments.batch_size,
               "ttt": manifest.get("ttt"), "identity": mine, "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
     write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})

@@ -89,10 +89,17 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
                     "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
                     "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
         log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in measured.items()}) + "\n")
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{measured['token_accuracy']:.2f}", tok_s=f"{measured['tokens_per_s']:.0f}")
+        bar.set_postfix_str(progress(measured))
         if (update + 1) % arguments.save_every == 0 or update + 1 == arguments.updates:
             log.flush()
             save(update + 1)
+
+
+def progress(measured: dict) -> str:
+    """What the bar shows of an update: as the log has it, short."""
+    written = "" if measured["update_norm"] is None else f", |dW|/|W| {measured['update_norm']:.2f}"
+    return (f"loss {measured['loss']:.3f}, token accuracy {measured['token_accuracy']:.2f}, gradient {measured['grad_norm']:.2f}"
+            f"{written}, {measured['tokens_per_s']:.0f} tokens/s")
 
 
 def parse_arguments() -> argparse.Namespace:

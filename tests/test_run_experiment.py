@@ -487,6 +487,8 @@ def test_a_resumed_run_may_ask_for_more(kit, call, straight, tmp_path):
     assert call([*argv, *RESUMED, "--resume"])[0] == 0
     run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert ordered(read_rows(tmp_path)) == ordered(straight) and run["levels"] == [1, 2] and run["rows"] == len(straight)
+    assert call([*argv, "--limit", "1", "--levels", "1", "--conditions", "B_memory", "--resume"])[0] == 0
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["limit"] == 3  # what the rows cover, not what was asked last
 
 
 def test_a_condition_named_twice_is_asked_once(kit, call, tmp_path):
