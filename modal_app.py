@@ -158,9 +158,10 @@ def smoke(conditions: str = CONDITIONS, langs: str = ""):
     """Every script once on a tiny random model: a wrong option, image or upload shows here, before it costs anything."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(HERE / BENCHMARK, folder)
-        commands = [("sanity.py", "--tiny"), train_command("tiny-llama", "recall", "smoke-recall", 2, 0, False)]
+        small = ["--conversations", 2]  # it is the options that are tried, not the training
+        commands = [("sanity.py", "--tiny"), train_command("tiny-llama", "recall", "smoke-recall", 2, 0, False) + small]
         if "A_tuned" in conditions.split(","):
-            commands.append(train_command("tiny-llama", "context", "smoke-tuned", 2, 0, False))
+            commands.append(train_command("tiny-llama", "context", "smoke-tuned", 2, 0, False) + small)
         commands.append(experiment_command("tiny-llama", "smoke-recall", "smoke-tuned", conditions, langs, 1,
                                            "results/smoke", False))
         commands.append(("evaluate.py", "results/smoke", "--out", "results/smoke"))

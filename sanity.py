@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
 import tempfile
@@ -32,7 +33,7 @@ TEXTS = 3              # conversations the checks of the mechanism write
 SWAPPED_TEXTS = 8      # conversations of the swapped-memory check: it compares scores, so it needs more questions
 QUESTIONS = 3          # questions to each conversation
 NEW_TOKENS = 12        # as long as the longest gold answer
-READ_TOKENS = 200      # tokens read while the memory must not change
+READ_TOKENS = 32       # tokens read one by one, after a whole text, while the memory must not change
 CHUNK = 16             # cuts every conversation many times, and the last chunk is partial
 SWAPPED_EXTRA = 1      # right answers by luck that another conversation's memory may have over none
 # What two orders of the same sums may differ by, relative to the largest value: rounding, grown through the layers.
@@ -63,6 +64,17 @@ class Setup:
     fresh_digest: str
     fresh_logits: torch.Tensor
 
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Of the first TEXTS texts: written once, used by every check that asks about them and needs no other way of writing."""
+        _ = self.unaided  # asked before the first write: what writing leaves behind cannot be in both sides of a comparison
+        return write(self, self.texts[:TEXTS])
+
+    @functools.cached_property
+    def unaided(self) -> tuple[list[str], torch.Tensor]:
+        """C_nothing: (answers, first logits) to the questions about those texts, with no memory."""
+        return ask(self, None, self.samples[:TEXTS])
+
 
 def write(setup: Setup, rows: list[list[int]]) -> Memory:
     """The memory of each text; what attention saw is dropped."""
@@ -70,7 +82,7 @@ def write(setup: Setup, rows: list[list[int]]) -> Memory:
     return memory
 
 
-def ask(setup: Setup, memory: Memory | None, samples: list[dict]) -> tuple[list[str], torch.Tensor]:
+def ask(setup: Setup, memory: Memory | None, samples: list[dict], new_tokens: int = NEW_TOKENS) -> tuple[list[str], torch.Tensor]:
     """(answers, logits of their first tokens [N, V]) to the first QUESTIONS of each sample, no text in the prompt."""
     model, tokenizer, lang = setup.loaded.model, setup.loaded.tokenizer, samples[0]["lang"]
     head = prompts.head_ids(tokenizer, lang, with_text=False)
@@ -79,7 +91,7 @@ def ask(setup: Setup, memory: Memory | None, samples: list[dict]) -> tuple[list[
     with setup.ttt.read(memory) if memory else contextlib.nullcontext():
         _, past = prefill(model, [head] * len(samples), tokenizer.pad_token_id)
         logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(QUESTIONS))
-        return greedy(model, tokenizer, logits, past, NEW_TOKENS), logits
+        return greedy(model, tokenizer, logits, past, new_tokens), logits
 
 
 def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tensor:
@@ -133,28 +145,26 @@ def right_answers(answers: list[str], samples: list[dict]) -> int:
 
 
 def writing_changes_the_weights(setup: Setup) -> Outcome:
-    norm = write(setup, setup.texts[:TEXTS]).update_norm().min().item()
+    norm = setup.memory.update_norm().min().item()
     return Outcome(0 < norm < math.inf, f"smallest |dW|/|W| of a text {norm:.3g}", "above 0")
 
 
 def memory_changes_answers(setup: Setup) -> Outcome:
-    samples = setup.samples[:TEXTS]
-    answers, _ = ask(setup, write(setup, setup.texts[:TEXTS]), samples)
-    changed = differing(answers, ask(setup, None, samples)[0])
+    answers, _ = ask(setup, setup.memory, setup.samples[:TEXTS])
+    changed = differing(answers, setup.unaided[0])
     return Outcome(changed > 0, f"changed by the memory: {changed} of {len(answers)} answers", "at least 1")
 
 
 def empty_memory_is_no_memory(setup: Setup) -> Outcome:
     """C_nothing, then a text is written and its update zeroed: anything else left of the text would show in the answers."""
-    samples = setup.samples[:TEXTS]
-    expected, expected_logits = ask(setup, None, samples)
-    answers, logits = ask(setup, write(setup, setup.texts[:TEXTS]).scale(0.0), samples)
+    expected, expected_logits = setup.unaided
+    answers, logits = ask(setup, setup.memory.scale(0.0), setup.samples[:TEXTS])
     gaps = [(logits - expected_logits).abs().max().item(), differing(answers, expected)]
     return at_most(gaps, 0, "largest difference of a logit, and answers changed:")
 
 
 def saved_memory_answers_the_same(setup: Setup) -> Outcome:
-    memory = write(setup, setup.texts[:TEXTS])
+    memory = setup.memory
     with tempfile.TemporaryDirectory() as folder:
         memory.save(Path(folder) / "memory.safetensors")
         restored = Memory.load(Path(folder) / "memory.safetensors", setup.loaded.device)
@@ -182,11 +192,11 @@ def reading_does_not_write(setup: Setup) -> Outcome:
     digest = memory.digest()
     head = prompts.head_ids(tokenizer, setup.samples[0]["lang"], with_text=False)
     with setup.ttt.read(memory):
-        logits, past = prefill(setup.loaded.model, [head], tokenizer.pad_token_id)
+        logits, past = prefill(setup.loaded.model, [head + setup.texts[0]], tokenizer.pad_token_id)
         for _ in range(READ_TOKENS):  # not greedy(): it would stop at the end of the line
             chosen = logits.argmax(-1, keepdim=True)
             logits, past = forward(setup.loaded.model, chosen, torch.ones_like(chosen), past)
-    return at_most([memory.digest() != digest], 0, f"digests changed by reading {READ_TOKENS} tokens:")
+    return at_most([memory.digest() != digest], 0, f"digests changed by reading {past.mask.shape[1]} tokens:")
 
 
 def digests_tell_texts_apart(setup: Setup) -> Outcome:
@@ -201,10 +211,10 @@ def rows_do_not_leak(setup: Setup) -> Outcome:
     with chunk_length(setup.ttt, CHUNK):
         batch, *alone = [write(setup, rows) for rows in (texts, *([text] for text in texts))]
         neighbour = write(setup, [texts[0], setup.texts[TEXTS]])
-    logits = ask(setup, batch, samples)[1].split(QUESTIONS)
+    logits = ask(setup, batch, samples, 1)[1].split(QUESTIONS)
     errors = [memory_error(batch.select([0]), neighbour.select([0]))]
     for i, memory in enumerate(alone):
-        errors += [memory_error(memory, batch.select([i])), logit_error(ask(setup, memory, [samples[i]])[1], logits[i])]
+        errors += [memory_error(memory, batch.select([i])), logit_error(ask(setup, memory, [samples[i]], 1)[1], logits[i])]
     return at_most(errors, setup.tolerance, "relative error")
 
 

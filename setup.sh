@@ -129,9 +129,10 @@ TEXT
 }
 
 run_tests() {
-    # The test models are tiny: more threads than a few only get in each other's way.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
-    exec .venv/bin/python -m pytest -q "$@"
+    # A process a core, so one thread each: more only get in each other's way. Over 4 processes, starting them costs more
+    # than they save. What is given in ARGS comes later and wins: -n 0 is everything in one process.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+    exec .venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal "$@"
 }
 
 command="${1:-}"

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import modal
 import pytest
+from conftest import FAMILIES
 
 import modal_app
+import sanity
 
 ROOT = Path(modal_app.__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally")
@@ -261,6 +263,8 @@ def on_this_machine(tmp_path, monkeypatch):
 
 
 def test_full_pipeline_through_local(on_this_machine, monkeypatch, capsys):
+    real = modal_app.train_command  # with fewer conversations an update than the script's own 32, which the pipeline leaves alone
+    monkeypatch.setattr(modal_app, "train_command", lambda *arguments: [*real(*arguments), "--conversations", 2])
     monkeypatch.setattr(modal_app, "smoke", SimpleNamespace(local=lambda *arguments: record("smoke")))
     modal_app.full_pipeline(model="tiny-llama", updates=1, limit=1, conditions="B_memory,C_nothing", langs="en")
     results = on_this_machine / "results"
@@ -275,6 +279,11 @@ def test_full_pipeline_through_local(on_this_machine, monkeypatch, capsys):
 def test_smoke_through_local(on_this_machine):
     shown = modal_app.smoke.local(conditions="B_memory", langs="en")
     assert shown["seconds"] > 0 and shown["stage"] == "smoke"
+    lines = shown["lines"][:shown["lines"].index("all checks pass")]  # sanity.py --tiny: every check, on every family
+    assert [line.split()[0] for line in lines if line.startswith("tiny-")] == list(FAMILIES)
+    checks = [line.split()[:2] for line in lines if line.startswith(("PASS", "FAIL"))]
+    expected = [check.__name__ for check in sanity.CHECKS if check not in sanity.NEEDS_TRAINING]
+    assert checks == [["PASS", name] for name in expected] * len(FAMILIES)
     assert not any(on_this_machine.iterdir())  # it leaves nothing behind
 
 

@@ -1,12 +1,11 @@
 """sanity.py as a user runs it, and proof that each of its checks can fail: one sabotage each, seen by the named check."""
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, strengthen
+from conftest import strengthen
 
 import benchmark_file
 import in_place_ttt
@@ -37,7 +36,10 @@ def samples():
 @pytest.fixture
 def setup(samples, monkeypatch):
     monkeypatch.setattr(sanity, "READ_TOKENS", 8)
-    return sanity.prepare(load_model("tiny-llama"), samples, None)
+    ready = sanity.prepare(load_model("tiny-llama"), samples, None)
+    for fast in ready.ttt.fast.values():  # the untrained start is too weak to change an answer about texts this short
+        fast.proj.mul_(20)
+    return ready
 
 
 def outcome(setup, check):
@@ -209,14 +211,7 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def test_tiny_passes_as_a_user_runs_it():
-    done = subprocess.run([sys.executable, "sanity.py", "--tiny"], cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in lines if line.startswith("tiny-")] == list(FAMILIES) and lines[-1] == "all checks pass"
-    checks = [line.split()[:2] for line in lines if line.startswith(("PASS", "FAIL"))]
-    expected = [check.__name__ for check in sanity.CHECKS if check not in sanity.NEEDS_TRAINING]
-    assert checks == [["PASS", name] for name in expected] * len(FAMILIES)
+# sanity.py --tiny as a user runs it is the first command of the smoke stage: test_smoke_through_local in test_modal_app.py.
 
 
 def test_a_model_with_its_adapter(monkeypatch, capsys, benchmark, adapter):

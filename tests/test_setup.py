@@ -153,7 +153,7 @@ def test_next_step_follows_the_hardware(clone):
 def test_test_hands_its_arguments_to_pytest(clone):
     fake_environment(clone)
     assert setup(clone, "test", "-k", "setup").returncode == 0
-    assert calls(clone)[-1] == "-m pytest -q -k setup"
+    assert calls(clone)[-1] == "-m pytest -q -n auto --maxprocesses 4 --dist worksteal -k setup"
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "six", "1.5"])
@@ -172,6 +172,7 @@ def test_the_demo_stops_at_the_first_failing_step(clone):
     assert calls(clone)[-1].startswith("sanity.py")
 
 
+@pytest.mark.first
 def test_the_demo_as_a_user_runs_it(tmp_path):
     """The real model and the committed adapters on one conversation a level, in a copy that borrows this environment."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "setup.sh", ROOT / "benchmark_v1.json"]:
