@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmark_file import CATEGORIES
 from report_tables import LANGUAGES, LEVELS, arm_text, langs_of, names_of
-from results_files import POSITIONS, condition_order
+from results_files import POSITIONS, condition_order, shown_arms
 
 matplotlib.use("Agg")  # files only, no display
 
@@ -45,7 +45,7 @@ def draw_all(report, curves, folder):
 # --- panels ---------------------------------------------------------------------------------------------------
 
 def panels_of(report, has_data=lambda arm, lang: True):
-    return [(arm, lang) for arm in report["arms"] for lang in langs_of([arm]) if has_data(arm, lang)]
+    return [(arm, lang) for arm in shown_arms(report["arms"]) for lang in langs_of([arm]) if has_data(arm, lang)]
 
 
 def grid(panels, width, heights, title):

@@ -1,5 +1,5 @@
 """The report as tables: the marked block in RESULTS.md and the text on the terminal."""
-from results_files import ResultsError, condition_order, read_text
+from results_files import ResultsError, condition_order, read_text, shown_arms
 
 BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -24,6 +24,8 @@ MEANINGS = {
     "distractor_decay": "(EM(D_distractor) - EM(B_memory)) / EM(B_memory) on level 3: loss to later text",
     "merged_4_ratio": "EM(B_merged_4) / EM(B_memory): the share kept with four conversations in one memory",
 }
+HEADLINE = (("A_context", "1"), ("A_tuned", "1"), ("B_memory", "1"), ("C_nothing", "1"), ("B_swapped", "1"), ("B_memory", "3"),
+            ("D_distractor", "3"))  # the columns of the table that comes first
 READING = "EM: share of probes answered exactly after normalisation. [low, high]: 95% bootstrap over conversations."
 TEST_TEXT = "McNemar's exact test, probe by probe (taken as independent); of several seeds the largest p"
 ALIKE_TEXT = ("An interval without width: all conversations scored alike, so resampling shows no spread; with N "
@@ -133,12 +135,13 @@ def around_block(path):
 
 
 def markdown(report):
-    """The block's content: a table per language, notes, the paired tests and a line per run."""
-    arms, bench = report["arms"], report["benchmark"]
+    """The block's content: one table of all arms, a table per arm and language, notes, the paired tests and a line per run."""
+    arms, bench = shown_arms(report["arms"]), report["benchmark"]
     lines = [f"Benchmark {bench['file']} (SHA-256 {bench['sha256'][:12]}). {READING} n: probes over all seeds "
              "(conversations). Contains, F1 and breakdowns are in report.json."]
     if bench["unchanged"] is False:
         lines += ["", changed_text(bench)]
+    lines += ["", *headline(arms)]
     for arm in arms:
         for lang in langs_of([arm]):
             lines += ["", f"**{arm_text(arm)} on {arm['model']}, {LANGUAGES[lang]}** ({kind_text(arm)})", "", *arm_table(arm, lang)]
@@ -146,12 +149,28 @@ def markdown(report):
     tests = [line for arm in arms for line in test_lines(arm)]
     if tests:
         lines += ["", f"Paired tests ({TEST_TEXT}):", "", *tests]
-    lines += ["", "Runs:", "", *[run_line(arm, run) for arm in arms for run in arm["runs"]]]
+    lines += ["", "Runs:", "", *[run_line(arm, run) for arm in report["arms"] for run in arm["runs"]]]
     return "\n".join(lines) + "\n"
 
 
 def changed_text(bench):
     return f"The file {bench['file']} has changed since these runs: run them again for numbers on what it is now."
+
+
+def headline(arms):
+    """Exact match of every arm on one line each; intervals and the other levels are in the arm's own table."""
+    ratio = "memory_efficiency_ratio"
+    rows = [["arm, base, language", *[f"{name} L{level}" for name, level in HEADLINE], f"{ratio} L1"], ["---"] * (len(HEADLINE) + 2)]
+    for arm in arms:
+        for lang in langs_of([arm]):
+            cells = [find(arm, "conditions", name, level, lang) for name, level in HEADLINE]
+            rows.append([f"{arm_text(arm)} on {arm['model']}, {LANGUAGES[lang]}", *[f"{cell['em']:.3f}" if cell else "" for cell in cells],
+                         ratio_text(arm, ratio, "1", lang)])
+    return table_lines(rows)
+
+
+def table_lines(rows):
+    return ["| " + " | ".join([row[0], *[cell or "–" for cell in row[1:]]]) + " |" for row in rows]
 
 
 def arm_table(arm, lang):
@@ -162,7 +181,7 @@ def arm_table(arm, lang):
     for table, text in (("conditions", em_text), ("ratios", ratio_text)):
         rows += [[name, *[text(arm, name, level, lang) for level in levels], MEANINGS.get(name, "")]
                  for name in names_of([arm], table, lang)]
-    return ["| " + " | ".join([row[0], *[cell or "–" for cell in row[1:]]]) + " |" for row in rows]
+    return table_lines(rows)
 
 
 def test_lines(arm):
@@ -186,7 +205,7 @@ def run_line(arm, run):
 
 def terminal(report):
     """A table per arm and language, levels as columns, and one line on what each row means."""
-    arms, bench = report["arms"], report["benchmark"]
+    arms, bench = shown_arms(report["arms"]), report["benchmark"]
     blocks = [arm_block(arm, lang) for arm in arms for lang in langs_of([arm])]
     shown = [name for lang in langs_of(arms) for table in ("conditions", "ratios")
              for name in names_of(arms, table, lang)]

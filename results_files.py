@@ -213,3 +213,14 @@ def lenders_of(condition, borrower, own):
     return [(run, rows) for run, rows in own
             if all(run.get(name) == borrower.get(name) for name in ("model_sha256", "dtype", "limit"))
             and any(row["condition"] == condition for row in rows)]
+
+
+def shown_arms(arms):
+    """The arms that tables and figures show, those with a memory first.
+
+    A base's own run is left out where another arm of that base shows all of its conditions as lent rows.
+    """
+    repeated = {(arm["model"], lender["arm"]) for arm in arms for lender in arms
+                if lender["model"] == arm["model"] and set(lender["conditions"]) <= {
+                    condition for condition, name in arm["borrowed"].items() if name == lender["arm"]}}
+    return sorted((arm for arm in arms if (arm["model"], arm["arm"]) not in repeated), key=lambda arm: "B_memory" not in arm["conditions"])

@@ -194,6 +194,18 @@ def test_block_in_results_md_is_replaced_and_nothing_else(root, capsys):
     assert (root / "RESULTS.md").read_bytes().decode() == first
 
 
+def test_a_base_run_is_not_shown_twice(root):
+    """What another arm shows as lent rows has no table of its own; its run stays listed, and its numbers in report.json."""
+    rows = make_rows(0)
+    make_run(root, "base", arm="tiny-base", objective="none", rows=[row for row in rows if row["condition"] == "C_nothing"])
+    make_run(root, "memory", adapter="checkpoints/recall", rows=[row for row in rows if row["condition"] == "B_memory"])
+    assert score("--quiet") == 0
+    block = (root / "RESULTS.md").read_text(encoding="utf-8")
+    assert "**tiny-base on" not in block and "- base: tiny-base on tiny" in block and "| C_nothing |" in block
+    assert block.index("| arm, base, language |") < block.index("**recall on tiny, English**")
+    assert {arm["arm"] for arm in report_of(root)["arms"]} == {"tiny-base", "recall"}
+
+
 def test_table_says_when_the_fair_ceiling_did_not_run(root, capsys):
     make_run(root, rows=[row for row in make_rows(0) if row["condition"] != "A_tuned"])
     assert score() == 0
