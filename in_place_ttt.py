@@ -9,126 +9,24 @@ layer writes one outer product per token and reads the sum of all finished chunk
     output   O_i  = h_i (W_down + sum_{c' < chunk(i)} dW_c')^T          apply first, then update
 
 u = 1, except with unit targets: there x is taken at unit RMS and u is the RMS of W_down's entries, so that one step size
-suits bases whose activations and weights differ in size by orders of magnitude.
+suits bases whose activations and weights differ in size by orders of magnitude. Two options change the write:
+
+    ridge    the whole text's values are solved for instead of summed: dW minimises
+             sum_i eta g_i |(W + dW) k_i - u t_i P|^2 + lambda |dW|^2, W being the memory before this text (kernel ridge regression)
+    key map  the key k_i that is written and the query that reads are learned features of x in place of h itself
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
 The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP, bit for bit.
 """
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from memory import LayerMemory, Memory, unit
-
-TARGETS = ("hidden_states", "input_embed")
-INITS = ("paper", "shift")
-
-
-@dataclass(frozen=True)
-class TTTConfig:
-    """Which layers hold fast weights and how they are written. Everything here goes into the adapter's manifest."""
-
-    layers: tuple[int, ...]           # decoder layers whose MLP is wrapped, 0-based
-    chunk: int | None                 # tokens per chunk; None: the whole text is one chunk
-    eta: float = 1.0                  # step size of the write
-    kernel: int = 5                   # width of the depthwise conv that builds the target (odd: symmetric)
-    target: str = "hidden_states"     # what the target is made of: the MLP's input, or the token embeddings
-    init: str = "paper"               # paper: conv 0, P diagonal N(0, 0.02); shift: target = next token, P = 0.1 I
-    unit_keys: bool = False           # keys and queries on the unit sphere, so that no token shouts the others down
-    gate: bool = False                # learned write strength per token in (0, 2), 1 at init
-    unit_targets: bool = False        # targets at unit RMS and values in units of W_down's RMS entry: one eta for every base
-
-    def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        problems = [
-            (not self.layers, "layers is empty; name at least one decoder layer"),
-            (len(set(self.layers)) != len(self.layers), f"layers {list(self.layers)} names a layer twice; name each once"),
-            (self.chunk is not None and self.chunk < 1, f"chunk is {self.chunk}; use 1 or more tokens, or 'whole' for one chunk"),
-            (self.kernel < 1 or self.kernel % 2 == 0, f"kernel is {self.kernel}; the symmetric conv needs an odd width"),
-            (self.target not in TARGETS, f"target is {self.target!r}; use one of {', '.join(TARGETS)}"),
-            (self.init not in INITS, f"init is {self.init!r}; use one of {', '.join(INITS)}"),
-        ]
-        for wrong, message in problems:
-            if wrong:
-                raise ValueError(f"TTT config: {message}")
-
-    def to_dict(self) -> dict:
-        return asdict(self) | {"layers": list(self.layers)}
-
-
-class FastWeight(nn.Module):
-    """The trained parameters of one TTT layer: conv [D, K], proj P [D, D] and, when gated, gate [D] and its bias.
-
-    value_unit is the u of the module docstring: the RMS of the layer's W_down, used with unit targets only.
-    """
-
-    def __init__(self, hidden_size: int, config: TTTConfig, generator: torch.Generator, value_unit: float = 1.0):
-        super().__init__()
-        self.config = config
-        self.step = config.eta * (value_unit if config.unit_targets else 1.0)
-        self.conv = nn.Parameter(torch.zeros(hidden_size, config.kernel))
-        noise = torch.randn(hidden_size, generator=generator)
-        if config.init == "paper":
-            self.proj = nn.Parameter(torch.diag(0.02 * noise))
-        else:  # the next token's state, small: a write means something from the first update on
-            self.conv.data[:, min(config.kernel // 2 + 1, config.kernel - 1)] = 1.0
-            self.proj = nn.Parameter(0.1 * torch.eye(hidden_size))
-        if config.gate:
-            self.gate = nn.Parameter(torch.zeros(hidden_size))
-            self.gate_bias = nn.Parameter(torch.zeros(1))
-
-    def value(self, x_BSD: torch.Tensor, position_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        """v_BSD in the adapter's dtype (float32) for the tokens of x; pads get zeros.
-
-        Neighbours are looked up by token position, not by column, so pads anywhere between the tokens of a row do not
-        matter. `position` counts a row's real tokens from the start of the text; chunk = position // config.chunk.
-        """
-        x_BSD = self.source(x_BSD)
-        chunk_BS = chunk_of(position_BS, self.config.chunk)
-        count_B1 = mask_BS.sum(1, keepdim=True)
-        # rank = how many real tokens of this row stand before the column; column_of = its inverse (pads sorted last)
-        rank_BS = mask_BS.cumsum(1) - 1
-        column_of_BS = torch.where(mask_BS, rank_BS, mask_BS.shape[1]).argsort(dim=1, stable=True)
-        target_BSD = torch.zeros_like(x_BSD)
-        for k in range(self.config.kernel):
-            neighbour_BS = rank_BS + (k - self.config.kernel // 2)
-            inside_BS = (neighbour_BS >= 0) & (neighbour_BS < count_B1)
-            column_BS = column_of_BS.gather(1, neighbour_BS.clamp(0, mask_BS.shape[1] - 1))
-            same_chunk_BS = inside_BS & (chunk_BS.gather(1, column_BS) == chunk_BS)
-            shifted_BSD = x_BSD.gather(1, column_BS.unsqueeze(-1).expand_as(x_BSD))
-            target_BSD = target_BSD + shifted_BSD * same_chunk_BS.unsqueeze(-1) * self.conv[:, k]
-        strength_BS = self.strength(x_BSD) * mask_BS
-        return (target_BSD @ self.proj) * strength_BS.unsqueeze(-1)
-
-    def source(self, x: torch.Tensor) -> torch.Tensor:
-        """What targets and gate are made of: x in the adapter's dtype, at unit RMS with unit targets."""
-        x = x.to(self.conv.dtype)
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=1e-12)) if self.config.unit_targets else x
-
-    def strength(self, source: torch.Tensor) -> torch.Tensor:
-        """eta times the unit times the write gate, one number a token: [..., D] -> [...]."""
-        if self.config.gate:
-            return self.step * 2 * torch.sigmoid(source @ self.gate + self.gate_bias)
-        return torch.full_like(source[..., 0], self.step)
-
-    def chunk_value(self, x_CD: torch.Tensor) -> torch.Tensor:
-        """v_CD of one whole chunk without pads, by the library's conv1d; what the sequential form writes."""
-        x_CD = self.source(x_CD)
-        target_DC = nn.functional.conv1d(x_CD.T, self.conv[:, None, :], padding=self.config.kernel // 2, groups=x_CD.shape[1])
-        return (target_DC.T @ self.proj) * self.strength(x_CD).unsqueeze(-1)
-
-    def key(self, h: torch.Tensor) -> torch.Tensor:
-        """What is written and what asks: h itself, or h on the unit sphere."""
-        return unit(h) if self.config.unit_keys else h
-
-
-def chunk_of(position: torch.Tensor, chunk: int | None) -> torch.Tensor:
-    """Chunk number of each token position; one chunk for everything when `chunk` is None."""
-    return torch.zeros_like(position) if chunk is None else position // chunk
-
+from fast_weight import FastWeight, TTTConfig, chunk_of, fit
+from memory import LayerMemory, Memory
 
 class TTTMLP(nn.Module):
     """Stands where layer.mlp stood and shares its weights; a plain call unless its owner is writing or reading."""
@@ -171,7 +69,8 @@ class InPlaceTTT(nn.Module):
             decoder.layers[i].mlp = TTTMLP(decoder.layers[i].mlp, i, self)
         norm = lambda w: torch.linalg.vector_norm(w.detach(), dtype=torch.float64).item()
         rms = lambda i: norm(self.down_proj(i).weight) / self.down_proj(i).weight.numel() ** 0.5
-        self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, config, generator, rms(i)) for i in config.layers})
+        self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, self.down_proj(i).in_features, config, generator, rms(i))
+                                   for i in config.layers})
         self.fast.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
 
     def detach(self) -> None:
@@ -242,25 +141,26 @@ class Reader:
         self.owner, self.memory = owner, memory
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
-        return self.memory.layers[index].read(self.owner.fast[str(index)].key(h_BLF))
+        return self.memory.layers[index].read(self.owner.fast[str(index)].query(x_BLD, h_BLF))
 
 
 @dataclass
 class Pending:
-    """Tokens held as raw inputs x, keys, and the flags that keep pads and written tokens out, all [B, P, ...].
+    """Tokens held as the target's source, the MLP's x and h, and the flags that keep pads and written tokens out, all [B, P, ...].
 
     real: not a pad. fresh: real and not yet in the folded memory (a few written tokens stay on as the conv's left context).
     position: how many real tokens of the row stand before this one.
     """
 
+    source: torch.Tensor
     x: torch.Tensor
-    key: torch.Tensor
+    h: torch.Tensor
     real: torch.Tensor
     fresh: torch.Tensor
     position: torch.Tensor
 
     def fields(self):
-        return self.x, self.key, self.real, self.fresh, self.position
+        return self.source, self.x, self.h, self.real, self.fresh, self.position
 
     def append(self, other: "Pending") -> "Pending":
         return Pending(*(torch.cat(pair, 1) for pair in zip(self.fields(), other.fields())))
@@ -269,9 +169,9 @@ class Pending:
         """Only the wanted tokens, moved to the right end; shorter rows get pads on the left."""
         width = int(wanted_BS.sum(1).max())
         column_BS = wanted_BS.to(torch.int8).argsort(dim=1, stable=True)[:, wanted_BS.shape[1] - width:]
-        x, key, real, fresh, position = (pick_columns(t, column_BS) for t in self.fields())
+        source, x, h, real, fresh, position = (pick_columns(t, column_BS) for t in self.fields())
         kept_BS = wanted_BS.gather(1, column_BS)
-        return Pending(x, key, real & kept_BS, fresh & kept_BS, position)
+        return Pending(source, x, h, real & kept_BS, fresh & kept_BS, position)
 
 
 def pick_columns(t: torch.Tensor, column_BS: torch.Tensor) -> torch.Tensor:
@@ -318,24 +218,26 @@ class Writer:
         self._passed.add(index)
         fast = self.owner.fast[str(index)]
         source_BLD = x_BLD if self.owner.config.target == "hidden_states" else self._embed_BLD
-        new = Pending(source_BLD, fast.key(h_BLF), self._real_BL, self._real_BL, self._position_BL)
+        new = Pending(source_BLD, x_BLD, h_BLF, self._real_BL, self._real_BL, self._position_BL)
         if self.form == "sequential":
             return self._sequential(index, fast, new)
         held = self.pending[index].append(new) if index in self.pending else new
         share_BLD = self._visible_share(index, fast, held, new)
-        self.pending[index] = held if self.differentiable else self._fold(index, fast, held)
+        whole = self.differentiable or self.owner.config.rule == "ridge"  # ridge solves for all of the text at its end
+        self.pending[index] = held if whole else self._fold(index, fast, held)
         return share_BLD
 
     def _visible_share(self, index: int, fast: FastWeight, held: Pending, new: Pending) -> torch.Tensor | None:
         """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk."""
         chunk = self.owner.config.chunk
         if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
-            return self.start.layers[index].read(new.key) if self.start else None
-        value_BSD = fast.value(held.x, held.position, held.real) * held.fresh.unsqueeze(-1)
+            return self.start.layers[index].read(fast.query(new.x, new.h)) if self.start else None
+        query_BLF, key_BSF = fast.query(new.x, new.h), fast.key(held.x, held.h)
+        value_BSD = fast.value(held.source, held.position, held.real) * held.fresh.unsqueeze(-1)
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
-        score_BLS = (new.key @ held.key.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
+        score_BLS = (query_BLF @ key_BSF.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
         share_BLD = score_BLS @ value_BSD
-        return share_BLD + self.done[index].read(new.key) if index in self.done else share_BLD
+        return share_BLD + self.done[index].read(query_BLF) if index in self.done else share_BLD
 
     def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
         """Move the tokens whose value can no longer change into the memory; return what must still be held.
@@ -346,16 +248,30 @@ class Writer:
         chunk, reach = self.owner.config.chunk, self.owner.config.kernel // 2
         open_from_B = (self.tokens_B - reach).clamp(min=0) if chunk is None else self.tokens_B // chunk * chunk
         settled_BS = held.fresh & (held.position < open_from_B[:, None])
-        self._add(index, fast, held, settled_BS)
-        rest = Pending(held.x, held.key, held.real, held.fresh & ~settled_BS, held.position)
+        self._add(index, self._sum(fast, held, settled_BS))
+        rest = Pending(held.source, held.x, held.h, held.real, held.fresh & ~settled_BS, held.position)
         return rest.keep(held.real & (held.position >= (open_from_B - reach)[:, None]))
 
-    def _add(self, index: int, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> None:
-        value_BSD = fast.value(held.x, held.position, held.real) * chosen_BS.unsqueeze(-1)
-        update = LayerMemory.factored(held.key, value_BSD)
+    def _add(self, index: int, update: LayerMemory) -> None:
         self.done[index] = self.done[index].plus(update) if index in self.done else update
         if not self.differentiable:
             self.done[index] = self.done[index].smaller_form()
+
+    def _sum(self, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
+        """Hebbian: the outer products of the chosen tokens."""
+        value_BSD = fast.value(held.source, held.position, held.real) * chosen_BS.unsqueeze(-1)
+        return LayerMemory.factored(fast.key(held.x, held.h), value_BSD)
+
+    def _solve(self) -> dict[int, LayerMemory]:
+        """Ridge: what the held text adds to each layer, all layers in one batched solve."""
+        fasts = {index: self.owner.fast[str(index)] for index in self.pending}
+        keys = {index: fasts[index].key(held.x, held.h) for index, held in self.pending.items()}
+        wanted = {index: fasts[index].content(held.source, held.position, held.real) for index, held in self.pending.items()}
+        for index in self.start.layers if self.start else ():  # only what the memory does not answer already
+            wanted[index] = wanted[index] - self.done[index].read(keys[index])
+        weights = {index: fasts[index].strength(fasts[index].scaled(held.source)) * held.fresh for index, held in self.pending.items()}
+        ridges = {index: fasts[index].ridge() for index in fasts}
+        return {index: LayerMemory.factored(keys[index], value) for index, value in fit(keys, wanted, weights, ridges).items()}
 
     def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
         """The oracle: row by row, chunk after chunk, a running dense update; its own plain conv1d."""
@@ -363,12 +279,13 @@ class Writer:
         rows, updates = [], []
         for b in range(new.x.shape[0]):
             real = new.real[b].nonzero()[:, 0]
-            x_LD, key_LF = new.x[b, real], new.key[b, real]
+            source_LD, x_LD, h_LF = new.source[b, real], new.x[b, real], new.h[b, real]
+            key_LF, query_LF = fast.key(x_LD, h_LF), fast.query(x_LD, h_LF)
             update_DF = before.update[b] if before else fast.conv.new_zeros(x_LD.shape[1], key_LF.shape[1])
             share_LD = torch.zeros(new.x.shape[1], x_LD.shape[1], dtype=update_DF.dtype, device=x_LD.device)
             for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
-                share_LD[real[tokens]] = key_LF[tokens].to(update_DF.dtype) @ update_DF.T
-                update_DF = update_DF + fast.chunk_value(x_LD[tokens]).T @ key_LF[tokens].to(update_DF.dtype)
+                share_LD[real[tokens]] = query_LF[tokens].to(update_DF.dtype) @ update_DF.T
+                update_DF = update_DF + fast.chunk_update(source_LD[tokens], key_LF[tokens].to(update_DF.dtype), update_DF)
             rows.append(share_LD)
             updates.append(update_DF)
         self.done[index] = LayerMemory.dense(torch.stack(updates))
@@ -381,8 +298,12 @@ class Writer:
         """
         if self._passed != set(self.owner.config.layers):
             raise RuntimeError("nothing was written: no forward ran inside the write context")
-        for index, held in self.pending.items():
-            self._add(index, self.owner.fast[str(index)], held, held.fresh)
+        if self.owner.config.rule == "ridge" and self.pending:  # the sequential form has solved already
+            rest = self._solve()
+        else:
+            rest = {index: self._sum(self.owner.fast[str(index)], held, held.fresh) for index, held in self.pending.items()}
+        for index, update in rest.items():
+            self._add(index, update)
         self.pending = {}
         chunk = self.owner.config.chunk
         chunks_B = (self.tokens_B > 0).long() if chunk is None else -(-self.tokens_B // chunk)

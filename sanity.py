@@ -110,8 +110,12 @@ def base_digest(loaded: Loaded) -> str:
 
 @contextlib.contextmanager
 def chunk_length(ttt: InPlaceTTT, chunk: int | None):
-    """The same adapter with another chunk length: with the whole text as one chunk, writing reads nothing back."""
+    """The same adapter with another chunk length: with the whole text as one chunk, writing reads nothing back.
+
+    A ridge adapter solves for the whole text and knows no other length: it is checked as it is.
+    """
     holders, config = [ttt, *ttt.fast.values()], ttt.config
+    chunk = None if config.rule == "ridge" else chunk
     try:
         for holder in holders:
             holder.config = replace(config, chunk=chunk)

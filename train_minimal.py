@@ -113,6 +113,9 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--eta", type=float, help="step size of the write (default: the model's row)")
     arm.add_argument("--init", choices=("paper", "shift"), help="start of conv and P (default: the model's row)")
     arm.add_argument("--target", choices=("hidden_states", "input_embed"), help="what values are made of (default: the row)")
+    arm.add_argument("--rule", choices=("hebbian", "ridge"), help="how values become the update (default: the row)")
+    arm.add_argument("--ridge", type=float, help="where ridge's learned lambda starts (default: the row)")
+    arm.add_argument("--key-map", type=int, help="rank of learned maps to keys and queries, 0 for none (default: the row)")
     arm.add_argument("--unit-keys", action=argparse.BooleanOptionalAction, help="keys on the unit sphere (default: the row)")
     arm.add_argument("--unit-targets", action=argparse.BooleanOptionalAction, help="targets at unit RMS (default: the row)")
     arm.add_argument("--gate", action=argparse.BooleanOptionalAction, help="learned write strength per token (default: the row)")
@@ -153,7 +156,8 @@ def ttt_config(arguments, row):
     if chunk and chunk != "whole" and not chunk.lstrip("-").isdigit():
         raise UserError(f"--chunk {chunk}: give a number of tokens, or whole")
     config = override_ttt(row.ttt, layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
-                          init=arguments.init, target=arguments.target, unit_keys=arguments.unit_keys,
+                          init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
+                          key_map=arguments.key_map, unit_keys=arguments.unit_keys,
                           unit_targets=arguments.unit_targets, gate=arguments.gate,
                           chunk=int(chunk) if chunk and chunk != "whole" else None)
     if arguments.objective == "lm" and chunk == "whole":

@@ -49,7 +49,7 @@ def strengthen(ttt, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in ttt.fast.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (noise * (0.1 if name.endswith("proj") else 0.5)).to(parameter)
+        parameter.data = (noise * (0.1 if name.endswith(("proj", "log_ridge")) else 0.5)).to(parameter)
     return ttt
 
 

@@ -63,7 +63,7 @@ def test_an_untrained_paper_adapter_changes_nothing(family, chunk):
 
 
 def test_the_paper_init_is_zero_conv_and_a_sparse_small_diagonal():
-    fast = FastWeight(512, TTTConfig((0,), 8), torch.Generator().manual_seed(0))
+    fast = FastWeight(512, 64, TTTConfig((0,), 8), torch.Generator().manual_seed(0))
     diagonal = fast.proj.diagonal()
     assert fast.conv.abs().max() == 0 and torch.equal(fast.proj, torch.diag(diagonal))
     assert diagonal.std().item() == pytest.approx(0.02, rel=0.1)
@@ -89,12 +89,23 @@ class Spy:
             hook.remove()
 
 
+def at_unit_rms(config, x_LD):
+    return torch.stack([x / (x @ x / len(x)).sqrt() for x in x_LD]) if config.unit_targets else x_LD
+
+
+def plain_features(fast, config, x_LD, h_LF, name):
+    """Keys or queries, token by token."""
+    if config.key_map:
+        mapped = [(getattr(fast, f"{name}_up").T @ (getattr(fast, f"{name}_in").T @ x)).clamp(min=0) ** 2 for x in at_unit_rms(config, x_LD)]
+        return [z / z.norm() for z in mapped]
+    return [h / h.norm() if config.unit_keys else h for h in h_LF]
+
+
 def plain_chunk(fast, config, source_CD, weight_DF):
-    """Values of one chunk, token by token, tap by tap."""
-    values, step = [], config.eta
-    if config.unit_targets:
-        source_CD = torch.stack([x / (x @ x / len(x)).sqrt() for x in source_CD])
-        step = step * weight_DF.norm() / weight_DF.numel() ** 0.5
+    """(what each token says, how strongly) of one chunk, token by token, tap by tap."""
+    contents, strengths = [], []
+    unit = weight_DF.norm() / weight_DF.numel() ** 0.5 if config.unit_targets else 1.0
+    source_CD = at_unit_rms(config, source_CD)
     for i in range(len(source_CD)):
         target = torch.zeros_like(source_CD[0])
         for k in range(config.kernel):
@@ -102,26 +113,42 @@ def plain_chunk(fast, config, source_CD, weight_DF):
             if 0 <= j < len(source_CD):
                 target = target + fast.conv[:, k] * source_CD[j]
         gate = 2 / (1 + torch.exp(-(source_CD[i] @ fast.gate + fast.gate_bias))) if config.gate else 1.0
-        values.append(step * gate * (target @ fast.proj))
-    return values
+        contents.append(unit * (target @ fast.proj))
+        strengths.append(config.eta * gate)
+    return contents, strengths
 
 
-def plain_row(fast, config, source_LD, h_LF, weight_DF):
+def plain_ridge(fast, keys, contents, strengths):
+    """dW [D, F] by least squares on the tokens and, as further rows, on the wish for a small dW."""
+    root = torch.tensor([float(s) for s in strengths], dtype=keys[0].dtype).sqrt()[:, None]
+    small = (torch.exp(10 * fast.log_ridge) ** 0.5) * torch.eye(len(keys[0]), dtype=keys[0].dtype)
+    left = torch.cat([root * torch.stack(keys), small])
+    right = torch.cat([root * torch.stack(contents), torch.zeros(len(small), len(contents[0]), dtype=keys[0].dtype)])
+    return torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+
+
+def plain_row(fast, config, source_LD, x_LD, h_LF, weight_DF):
     """(share of the output [L, D], final update [D, F]) of one row without pads."""
-    keys = [h / h.norm() if config.unit_keys else h for h in h_LF]
+    keys, queries = (plain_features(fast, config, x_LD, h_LF, name) for name in ("key", "query"))
     update, shares = torch.zeros(source_LD.shape[1], h_LF.shape[1], dtype=source_LD.dtype), []
     size = config.chunk or len(h_LF)
     for start in range(0, len(h_LF), size):
         chunk = range(start, min(start + size, len(h_LF)))
-        shares += [update @ keys[i] for i in chunk]
-        for i, value in zip(chunk, plain_chunk(fast, config, source_LD[chunk.start:chunk.stop], weight_DF)):
-            update = update + torch.outer(value, keys[i])
+        shares += [update @ queries[i] for i in chunk]
+        contents, strengths = plain_chunk(fast, config, source_LD[chunk.start:chunk.stop], weight_DF)
+        if config.rule == "ridge":
+            update = update + plain_ridge(fast, keys, contents, strengths)
+            continue
+        for i, content, strength in zip(chunk, contents, strengths):
+            update = update + torch.outer(strength * content, keys[i])
     return torch.stack(shares), update
 
 
 OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(chunk=64, gate=True),
            dict(chunk=4, unit_keys=True, gate=True, eta=0.3), dict(chunk=3, target="input_embed"),
            dict(chunk=None, target="input_embed", gate=True), dict(chunk=7, kernel=1), dict(chunk=6, kernel=9),
+           dict(chunk=None, rule="ridge", unit_keys=True, gate=True), dict(chunk=4, key_map=3, gate=True),
+           dict(chunk=None, rule="ridge", ridge=2.0, key_map=5, unit_targets=True, gate=True, eta=5.0, target="input_embed"),
            dict(chunk=5, unit_targets=True, gate=True, eta=3.0), dict(chunk=None, unit_targets=True, target="input_embed")]
 
 
@@ -138,7 +165,8 @@ def test_outputs_and_memory_follow_the_formula(family, options, attach):
         source = spy.x if ttt.config.target == "hidden_states" else embedded
         for b in range(len(rows)):
             real = mask[b].bool()
-            share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.h[b, real], ttt.down_proj(i).weight)
+            share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.x[b, real], spy.h[b, real],
+                                      ttt.down_proj(i).weight)
             torch.testing.assert_close(spy.output[b, real] - spy.base_output[b, real], share, atol=1e-12, rtol=1e-9)
             torch.testing.assert_close(memory.layers[i].to_dense().update[b], update, atol=1e-12, rtol=1e-9)
             assert update.norm() > 1e-3  # there was something to get wrong
@@ -165,7 +193,7 @@ def test_unit_targets_make_the_size_of_the_update_a_matter_of_the_base_alone():
     position, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool)
     values = {}
     for size, unit in ((1, 0.2), (50, 0.2), (50, 6.0)):
-        fast = FastWeight(8, TTTConfig((0,), 4, gate=True, unit_targets=True), torch.Generator(), unit).double()
+        fast = FastWeight(8, 12, TTTConfig((0,), 4, gate=True, unit_targets=True), torch.Generator(), unit).double()
         generator = torch.Generator().manual_seed(2)
         for parameter in fast.parameters():
             parameter.data.normal_(generator=generator)
@@ -175,6 +203,24 @@ def test_unit_targets_make_the_size_of_the_update_a_matter_of_the_base_alone():
     assert values[1, 0.2].norm() > 1e-3
 
 
+def test_ridge_answers_with_what_was_written_and_a_second_text_adds_only_what_is_new(llama, attach):
+    """With a small lambda every written key reads back its own content; writing the same text again then changes nothing."""
+    ttt = attach(llama, layers=(1,), chunk=None, rule="ridge", key_map=6, gate=True)
+    fast = ttt.fast["1"]
+    fast.log_ridge.data.fill_(-2.5)  # lambda e^-25
+    ids, mask = batch_of(token_rows((12,)))
+    spy = Spy(llama.model.get_decoder().layers[1].mlp)
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    spy.remove()
+    content = fast.content(spy.x, mask.cumsum(1) - 1, mask.bool())
+    torch.testing.assert_close(memory.layers[1].read(fast.key(spy.x, spy.h)), content, atol=1e-6, rtol=1e-6)
+    assert content.norm() > 1e-2
+    again = write_once(llama.model, ttt, ids, mask, memory=memory)[1]
+    # the memory is read while the same text is written, but below the only TTT layer nothing changes, so its x is the same
+    torch.testing.assert_close(again.layers[1].to_dense().update, memory.layers[1].to_dense().update, atol=1e-5, rtol=1e-5)
+    assert again.tokens.tolist() == [24]
+
+
 def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     loaded = tiny("tiny-llama", torch.bfloat16)
     ttt = attach(loaded, layers=(1,), chunk=None, gate=True)
@@ -182,7 +228,7 @@ def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     spy = Spy(loaded.model.get_decoder().layers[1].mlp)
     _, memory = write_once(loaded.model, ttt, ids, mask)
     spy.remove()
-    _, update = plain_row(copy.deepcopy(ttt.fast["1"]).double(), ttt.config, spy.x[0].double(), spy.h[0].double(),
+    _, update = plain_row(copy.deepcopy(ttt.fast["1"]).double(), ttt.config, spy.x[0].double(), spy.x[0].double(), spy.h[0].double(),
                           ttt.down_proj(1).weight.double())
     assert memory.layers[1].to_dense().update.dtype == torch.float32
     torch.testing.assert_close(memory.layers[1].to_dense().update[0].double(), update, atol=1e-5 * update.abs().max().item(), rtol=1e-4)
@@ -192,7 +238,9 @@ def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
 
 OPTION_SETS = st.fixed_dictionaries({
     "chunk": st.one_of(st.none(), st.integers(1, 30)), "target": st.sampled_from(["hidden_states", "input_embed"]),
-    "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5])})
+    "rule": st.sampled_from(["hebbian", "ridge"]), "key_map": st.sampled_from([0, 3]),
+    "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5])
+}).map(lambda options: options | {"chunk": None} if options["rule"] == "ridge" else options)
 
 
 def both_forms(loaded, options, lengths, layout, layers=(0, 2)):
@@ -286,7 +334,7 @@ def test_a_text_of_one_chunk_is_read_by_the_base_alone(family, attach):
 
 @pytest.mark.parametrize("chunk,reaches_over", [(4, False), (8, True), (None, True)])
 def test_the_conv_never_crosses_a_chunk_border(chunk, reaches_over):
-    fast = FastWeight(8, TTTConfig((0,), chunk, gate=True), torch.Generator()).double()
+    fast = FastWeight(8, 12, TTTConfig((0,), chunk, gate=True), torch.Generator()).double()
     fast.conv.data.normal_(generator=torch.Generator().manual_seed(0))
     fast.proj.data.copy_(torch.eye(8))
     x = torch.randn(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -298,7 +346,7 @@ def test_the_conv_never_crosses_a_chunk_border(chunk, reaches_over):
 
 
 def test_pads_have_no_value_and_do_not_part_their_neighbours():
-    fast = FastWeight(8, TTTConfig((0,), None, init="shift", gate=True), torch.Generator()).double()
+    fast = FastWeight(8, 12, TTTConfig((0,), None, init="shift", gate=True), torch.Generator()).double()
     x = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[False, True, True, False, False, True]])
     value = fast.value(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
@@ -319,7 +367,8 @@ def test_counts_of_tokens_and_chunks(llama, attach):
 # ---- several calls ----
 
 @pytest.mark.parametrize("options", [dict(chunk=None), dict(chunk=4), dict(chunk=1), dict(chunk=64), dict(chunk=10, target="input_embed"),
-                                     dict(chunk=None, target="input_embed", unit_keys=True, gate=True)], ids=str)
+                                     dict(chunk=None, target="input_embed", unit_keys=True, gate=True),
+                                     dict(chunk=None, rule="ridge", key_map=4, unit_targets=True, gate=True)], ids=str)
 @pytest.mark.parametrize("segment", [1, 3, 7, 16])
 def test_writing_in_segments_equals_one_call(family, options, segment, attach, monkeypatch):
     ttt = attach(family, layers=(0, 2, 3), **options)
@@ -463,7 +512,8 @@ def recall_loss(loaded, ttt, rows, questions, through):
 
 
 @torch.enable_grad()
-@pytest.mark.parametrize("options,through", [(dict(chunk=None, unit_keys=True, gate=True), "no_grad"),
+@pytest.mark.parametrize("options,through", [(dict(chunk=None, rule="ridge", key_map=4, unit_targets=True, gate=True), "no_grad"),
+                                             (dict(chunk=None, unit_keys=True, gate=True), "no_grad"),
                                              (dict(chunk=4, gate=True), "grad"), (dict(chunk=None, target="input_embed"), "no_grad")], ids=str)
 def test_gradients_reach_the_adapter_and_only_the_adapter(family, options, through, attach):
     ttt = attach(family, layers=(1, 2), **options)
@@ -510,7 +560,8 @@ def test_without_differentiable_nothing_is_kept_for_gradients(llama, attach):
 # ---- misuse ----
 
 @pytest.mark.parametrize("changes,named", [
-    (dict(layers=()), "layers is empty"), (dict(layers=(1, 1)), "twice"), (dict(chunk=0), "chunk is 0"), (dict(chunk=-3), "chunk is -3"),
+    (dict(rule="delta"), "rule is 'delta'"), (dict(rule="ridge"), "the chunk must be 'whole'"), (dict(ridge=0.0), "ridge is 0.0"),
+    (dict(key_map=-1), "key_map is -1"), (dict(layers=()), "layers is empty"), (dict(layers=(1, 1)), "twice"), (dict(chunk=0), "chunk is 0"), (dict(chunk=-3), "chunk is -3"),
     (dict(kernel=4), "kernel is 4"), (dict(kernel=0), "kernel is 0"), (dict(target="logits"), "target is 'logits'"), (dict(init="zeros"), "init is 'zeros'")])
 def test_bad_settings_are_refused(changes, named):
     with pytest.raises(ValueError, match=named):
