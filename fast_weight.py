@@ -91,16 +91,16 @@ class FastWeight(nn.Module):
 
     def value(self, source_BSD: torch.Tensor, position_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
         """v_BSD in the adapter's dtype (float32), the Hebbian step of each token; pads get zeros."""
-        strength_BS = self.strength(self.scaled(source_BSD)) * mask_BS
-        return self.content(source_BSD, position_BS, mask_BS) * strength_BS.unsqueeze(-1)
+        scaled_BSD = self.scaled(source_BSD)
+        strength_BS = self.strength(scaled_BSD) * mask_BS
+        return self.content(scaled_BSD, position_BS, mask_BS) * strength_BS.unsqueeze(-1)
 
     def content(self, x_BSD: torch.Tensor, position_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        """u t P, [B, S, D]: what a token has to say, before its strength; x is the target's source.
+        """u t P, [B, S, D]: what a token has to say, before its strength; x is the target's source as `scaled` gives it.
 
         Neighbours are looked up by token position, not by column, so pads anywhere between the tokens of a row do not
         matter. `position` counts a row's real tokens from the start of the text; chunk = position // config.chunk.
         """
-        x_BSD = self.scaled(x_BSD)
         chunk_BS = chunk_of(position_BS, self.config.chunk)
         count_B1 = mask_BS.sum(1, keepdim=True)
         # rank = how many real tokens of this row stand before the column; column_of = its inverse (pads sorted last)

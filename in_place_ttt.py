@@ -14,6 +14,7 @@ suits bases whose activations and weights differ in size by orders of magnitude.
     ridge    the whole text's values are solved for instead of summed: dW minimises
              sum_i eta g_i |(W + dW) k_i - u t_i P|^2 + lambda |dW|^2, W being the memory before this text (kernel ridge regression)
     key map  the key k_i that is written and the query that reads are learned features of x in place of h itself
+
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
 The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP, bit for bit.
 """
@@ -67,8 +68,7 @@ class InPlaceTTT(nn.Module):
         self._decoder = (decoder,)
         for i in config.layers:
             decoder.layers[i].mlp = TTTMLP(decoder.layers[i].mlp, i, self)
-        norm = lambda w: torch.linalg.vector_norm(w.detach(), dtype=torch.float64).item()
-        rms = lambda i: norm(self.down_proj(i).weight) / self.down_proj(i).weight.numel() ** 0.5
+        rms = lambda i: self.down_norm(i) / self.down_proj(i).weight.numel() ** 0.5
         self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, self.down_proj(i).in_features, config, generator, rms(i))
                                    for i in config.layers})
         self.fast.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
@@ -80,6 +80,10 @@ class InPlaceTTT(nn.Module):
 
     def down_proj(self, index: int) -> nn.Module:
         return self._decoder[0].layers[index].mlp.base.down_proj
+
+    def down_norm(self, index: int) -> float:
+        """|W_down|, Frobenius."""
+        return torch.linalg.vector_norm(self.down_proj(index).weight.detach(), dtype=torch.float64).item()
 
     @contextmanager
     def _mode(self, session):
@@ -266,10 +270,11 @@ class Writer:
         """Ridge: what the held text adds to each layer, all layers in one batched solve."""
         fasts = {index: self.owner.fast[str(index)] for index in self.pending}
         keys = {index: fasts[index].key(held.x, held.h) for index, held in self.pending.items()}
-        wanted = {index: fasts[index].content(held.source, held.position, held.real) for index, held in self.pending.items()}
+        scaled = {index: fasts[index].scaled(held.source) for index, held in self.pending.items()}
+        wanted = {index: fasts[index].content(scaled[index], held.position, held.real) for index, held in self.pending.items()}
         for index in self.start.layers if self.start else ():  # only what the memory does not answer already
             wanted[index] = wanted[index] - self.done[index].read(keys[index])
-        weights = {index: fasts[index].strength(fasts[index].scaled(held.source)) * held.fresh for index, held in self.pending.items()}
+        weights = {index: fasts[index].strength(scaled[index]) * held.fresh for index, held in self.pending.items()}
         ridges = {index: fasts[index].ridge() for index in fasts}
         return {index: LayerMemory.factored(keys[index], value) for index, value in fit(keys, wanted, weights, ridges).items()}
 
@@ -310,5 +315,5 @@ class Writer:
         tokens_B = self.tokens_B
         if self.start:
             tokens_B, chunks_B = tokens_B + self.start.tokens, chunks_B + self.start.chunks
-        norms = {i: float(self.owner.down_proj(i).weight.detach().float().norm()) for i in self.done}
+        norms = {i: self.owner.down_norm(i) for i in self.done}
         return Memory(dict(sorted(self.done.items())), tokens_B, chunks_B, norms)
