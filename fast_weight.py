@@ -1,6 +1,6 @@
 """The trained part of the mechanism: one FastWeight per TTT layer, and the settings that say how it writes.
 
-The formulas are those at the head of in_place_ttt.py; shape letters as there.
+The formulas are those at the head of in_place_ttt.py; shape letters as there, and Z: width of the write attention.
 """
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from memory import unit
+from memory import leading, pick_columns, unit
 
-TARGETS = ("hidden_states", "input_embed")
+TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
 RULES = ("hebbian", "ridge")
-PACE = 10  # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
+PACE = 10      # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
+HEAD = 32      # width of one head of the write attention
+EMBED_SHARE = 0.1   # a calibrated write starts as a tenth of the residual stream: enough for a tied head to say the token
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class TTTConfig:
     chunk: int | None                 # tokens per chunk; None: the whole text is one chunk
     eta: float = 1.0                  # step size of the write
     kernel: int = 5                   # width of the depthwise conv that builds the target (odd: symmetric)
-    target: str = "hidden_states"     # what the target is made of: the MLP's input, or the token embeddings
+    target: str = "hidden_states"     # what the target is made of: the MLP's input, the token embeddings, or the sum of both
     init: str = "paper"               # paper: conv 0, P diagonal N(0, 0.02); shift: target = next token, P = 0.1 I
     unit_keys: bool = False           # keys and queries on the unit sphere, so that no token shouts the others down
     gate: bool = False                # learned write strength per token in (0, 2), 1 at init
@@ -34,6 +37,12 @@ class TTTConfig:
     ridge: float = 0.1                # where ridge's learned lambda starts
     key_map: int = 0                  # rank of the learned maps from x to keys and to queries; 0: h is both
     unit_targets: bool = False        # targets at unit RMS and values in units of W_down's RMS entry: one eta for every base
+    codes: bool = False               # keys and queries are outer products of two learned codes of x: they meet where both do
+    write_attention: int = 0          # heads of attention over the written text that inform keys and gate; 0: none
+    sparse: bool = False              # the gate lies in [0, 1] with exact zeros: a token of strength 0 leaves no slot
+    read_gate: bool = False           # learned share in (0, 1) of what is read that a token takes
+    calibrated: bool = False          # values in units of the residual stream's RMS at the layer, measured once
+    blind: bool = False               # a text is read by the base alone: earlier memory is not applied while writing
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -49,6 +58,12 @@ class TTTConfig:
                                                               f"so the chunk must be 'whole'"),
             (not self.ridge > 0, f"ridge is {self.ridge}; lambda must be above 0"),
             (self.key_map < 0, f"key_map is {self.key_map}; use a rank of 1 or more, or 0 for no map"),
+            (self.codes and self.key_map > 0, "codes and key_map are two ways to make keys; use one"),
+            (self.write_attention < 0, f"write_attention is {self.write_attention}; use a number of heads, or 0 for none"),
+            (self.write_attention > 0 and not self.codes, "write_attention informs the codes; switch codes on"),
+            (self.sparse and not self.gate, "sparse shapes the gate; switch gate on"),
+            (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
+            (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
         ]
         for wrong, message in problems:
             if wrong:
@@ -58,84 +73,134 @@ class TTTConfig:
         return asdict(self) | {"layers": list(self.layers)}
 
 
+@dataclass
+class Slots:
+    """What a text would leave in one layer, token by token: keys [B, S, F], contents [B, S, D], weights [B, S] (0: nothing).
+
+    worth [B, S]: the gate's logit, None without a gate.
+    """
+
+    keys: torch.Tensor
+    contents: torch.Tensor
+    weights: torch.Tensor
+    worth: torch.Tensor | None
+
+
 class FastWeight(nn.Module):
     """The trained parameters of one TTT layer.
 
-    conv [D, K], proj P [D, D]; with the gate: gate [D], gate_bias [1]; with ridge: log_ridge [1]; with a key map of rank R:
-    key_in and query_in [D, R], key_up and query_up [R, F].
-    value_unit is the u of the module docstring: the RMS of the layer's W_down, used with unit targets only.
+    conv [D, K], proj P [D, D], and with both targets conv_x, proj_x for the MLP's input beside the embeddings; with the gate:
+    gate [D + Z], gate_bias [1]; with ridge: log_ridge [1]; with a key map of rank R: key_in and query_in [D, R], key_up and
+    query_up [R, F]; with codes of sizes a * b = F: key_code [D + Z, a + b], query_code [D, a + b] and their biases; with the
+    write attention: attend [D, 3 Z], log_slope [2, heads]; with the read gate: open [D], open_bias [1].
+    value_unit is the u of in_place_ttt.py: 1, the RMS of the layer's W_down, or (calibrated) a measured number.
     """
 
     def __init__(self, hidden_size: int, feed_forward: int, config: TTTConfig, generator: torch.Generator,
                  value_unit: float = 1.0):
         super().__init__()
         self.config = config
-        self.value_unit = value_unit if config.unit_targets else 1.0
-        self.conv = nn.Parameter(torch.zeros(hidden_size, config.kernel))
-        noise = torch.randn(hidden_size, generator=generator)
-        if config.init == "paper":
-            self.proj = nn.Parameter(torch.diag(0.02 * noise))
-        else:  # the next token's state, small: a write means something from the first update on
-            self.conv.data[:, min(config.kernel // 2 + 1, config.kernel - 1)] = 1.0
-            self.proj = nn.Parameter(0.1 * torch.eye(hidden_size))
+        self.register_buffer("value_unit", torch.tensor(value_unit if config.unit_targets else 1.0, dtype=torch.float64), persistent=config.calibrated)
+        self.conv, self.proj = self._target(hidden_size, generator)
+        if config.target == "both":
+            self.conv_x, self.proj_x = self._target(hidden_size, generator)
+            if config.init == "shift":
+                self.proj_x.data.zero_()  # the embeddings speak first
+        around = config.write_attention * HEAD
+        draw = lambda rows, columns: torch.randn(rows, columns, generator=generator) / rows ** 0.5
+        if config.write_attention:
+            self.attend = nn.Parameter(draw(hidden_size, 3 * around))
+            slopes = torch.logspace(0, -2, config.write_attention)  # from a neighbour or two to a hundred
+            self.log_slope = nn.Parameter(slopes.log().repeat(2, 1))
         if config.gate:
-            self.gate = nn.Parameter(torch.zeros(hidden_size))
-            self.gate_bias = nn.Parameter(torch.zeros(1))
+            self.gate = nn.Parameter(torch.zeros(hidden_size + around))
+            self.gate_bias = nn.Parameter(torch.full((1,), -1.0 if config.sparse else 0.0))
         if config.rule == "ridge":
             self.log_ridge = nn.Parameter(torch.tensor([math.log(config.ridge) / PACE]))
         if config.key_map:
-            draw = lambda rows, columns: torch.randn(rows, columns, generator=generator) / rows ** 0.5
             self.key_in, self.key_up = nn.Parameter(draw(hidden_size, config.key_map)), nn.Parameter(draw(config.key_map, feed_forward))
             # equal at the start: a query then finds the key of a like token
             self.query_in, self.query_up = (nn.Parameter(p.detach().clone()) for p in (self.key_in, self.key_up))
+        if config.codes:
+            self.sizes = code_sizes(feed_forward)
+            code = draw(hidden_size, sum(self.sizes))
+            self.key_code = nn.Parameter(torch.cat([code, torch.zeros(around, sum(self.sizes))]))
+            self.query_code = nn.Parameter(code.clone())
+            self.key_bias, self.query_bias = (nn.Parameter(torch.zeros(sum(self.sizes))) for _ in range(2))
+        if config.read_gate:
+            self.open, self.open_bias = nn.Parameter(torch.zeros(hidden_size)), nn.Parameter(torch.ones(1))
 
-    def value(self, source_BSD: torch.Tensor, position_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        """v_BSD in the adapter's dtype (float32), the Hebbian step of each token; pads get zeros."""
-        scaled_BSD = self.scaled(source_BSD)
-        strength_BS = self.strength(scaled_BSD) * mask_BS
-        return self.content(scaled_BSD, position_BS, mask_BS) * strength_BS.unsqueeze(-1)
+    def _target(self, hidden_size: int, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
+        """(conv, P) at their start."""
+        config, noise = self.config, torch.randn(hidden_size, generator=generator)
+        conv = torch.zeros(hidden_size, config.kernel)
+        if config.init == "paper":
+            return nn.Parameter(conv), nn.Parameter(torch.diag(0.02 * noise))
+        # the next token's state, small: a write means something from the first update on
+        conv[:, min(config.kernel // 2 + 1, config.kernel - 1)] = 1.0
+        return nn.Parameter(conv), nn.Parameter(EMBED_SHARE * torch.eye(hidden_size))
 
-    def content(self, x_BSD: torch.Tensor, position_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        """u t P, [B, S, D]: what a token has to say, before its strength; x is the target's source as `scaled` gives it.
+    # ---- writing ----
 
-        Neighbours are looked up by token position, not by column, so pads anywhere between the tokens of a row do not
-        matter. `position` counts a row's real tokens from the start of the text; chunk = position // config.chunk.
-        """
-        chunk_BS = chunk_of(position_BS, self.config.chunk)
-        count_B1 = mask_BS.sum(1, keepdim=True)
-        # rank = how many real tokens of this row stand before the column; column_of = its inverse (pads sorted last)
-        rank_BS = mask_BS.cumsum(1) - 1
-        column_of_BS = torch.where(mask_BS, rank_BS, mask_BS.shape[1]).argsort(dim=1, stable=True)
-        target_BSD = torch.zeros_like(x_BSD)
-        for k in range(self.config.kernel):
-            neighbour_BS = rank_BS + (k - self.config.kernel // 2)
-            inside_BS = (neighbour_BS >= 0) & (neighbour_BS < count_B1)
-            column_BS = column_of_BS.gather(1, neighbour_BS.clamp(0, mask_BS.shape[1] - 1))
-            same_chunk_BS = inside_BS & (chunk_BS.gather(1, column_BS) == chunk_BS)
-            shifted_BSD = x_BSD.gather(1, column_BS.unsqueeze(-1).expand_as(x_BSD))
-            target_BSD = target_BSD + shifted_BSD * same_chunk_BS.unsqueeze(-1) * self.conv[:, k]
-        return self.value_unit * (target_BSD @ self.proj)
+    def slots(self, held) -> Slots:
+        """What the held tokens would leave (held: in_place_ttt.Pending). Nothing comes from pads, and nothing over a chunk border."""
+        x_BSD, chunk_BS = self.scaled(held.x), chunk_of(held.position, self.config.chunk)
+        informed = self.informed(x_BSD, held.position, held.real, chunk_BS)
+        strength_BS, worth_BS = self.strength(informed)
+        return Slots(self.key(informed, held.h), self.contents(held, x_BSD, chunk_BS), strength_BS * held.real, worth_BS)
+
+    def contents(self, held, x_BSD: torch.Tensor, chunk_BS: torch.Tensor) -> torch.Tensor:
+        """u t P, [B, S, D]: what each token has to say, before its strength."""
+        source_BSD = x_BSD if self.config.target == "hidden_states" else self.scaled(held.source)
+        content_BSD = convolve(source_BSD, self.conv, held.real, chunk_BS) @ self.proj
+        if self.config.target == "both":
+            content_BSD = content_BSD + convolve(x_BSD, self.conv_x, held.real, chunk_BS) @ self.proj_x
+        return self.value_unit * content_BSD
+
+    def informed(self, x_BSD: torch.Tensor, position_BS, mask_BS, chunk_BS) -> torch.Tensor:
+        """x beside what the write attention gathers around each token, [B, S, D + Z]: heads of softmax attention over the
+        chunk in both directions, with a learned slope of distance for each head and direction."""
+        if not self.config.write_attention:
+            return x_BSD
+        q, k, v = (x_BSD @ self.attend).unflatten(-1, (3, self.config.write_attention, HEAD)).permute(2, 0, 3, 1, 4)
+        step_BSS = position_BS[:, None, :] - position_BS[:, :, None]
+        left, right = self.log_slope.exp()[:, None, :, None, None]
+        bias_BHSS = -left * (-step_BSS).clamp(min=0)[:, None] - right * step_BSS.clamp(min=0)[:, None]
+        same_BSS = (chunk_BS[:, :, None] == chunk_BS[:, None, :]) & mask_BS[:, None, :]
+        own_BSS = torch.eye(mask_BS.shape[1], dtype=torch.bool, device=mask_BS.device)  # a pad needs something to look at
+        bias_BHSS = bias_BHSS.masked_fill(~(same_BSS | own_BSS)[:, None], float("-inf"))
+        around_BSZ = scaled_dot_product_attention(q, k, v, attn_mask=bias_BHSS.to(q.dtype)).transpose(1, 2).flatten(2)
+        return torch.cat([x_BSD, around_BSZ], -1)
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """What targets, gate and key map are made of: x in the adapter's dtype, at unit RMS with unit targets."""
+        """What targets, gates and maps are made of: x in the adapter's dtype, at unit RMS with unit targets."""
         x = x.to(self.conv.dtype)
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=1e-12)) if self.config.unit_targets else x
 
-    def strength(self, scaled: torch.Tensor) -> torch.Tensor:
-        """eta times the write gate, one number a token: [..., D] -> [...]."""
-        if self.config.gate:
-            return self.config.eta * 2 * torch.sigmoid(scaled @ self.gate + self.gate_bias)
-        return torch.full_like(scaled[..., 0], self.config.eta)
+    def strength(self, informed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(eta times the write gate, its logit), one number a token: [..., D + Z] -> [...]."""
+        if not self.config.gate:
+            return torch.full_like(informed[..., 0], self.config.eta), None
+        worth = informed @ self.gate + self.gate_bias
+        if self.config.sparse:  # stretched over [0, 1] and cut: exact zeros (Louizos et al. 2018, hard concrete, without noise)
+            return self.config.eta * (1.2 * torch.sigmoid(worth) - 0.1).clamp(0, 1), worth
+        return self.config.eta * 2 * torch.sigmoid(worth), worth
 
-    def chunk_update(self, source_CD: torch.Tensor, key_CF: torch.Tensor, memory_DF: torch.Tensor) -> torch.Tensor:
-        """dW [D, F] of one whole chunk without pads, by the library's conv1d and a dense solve; what the sequential form writes."""
-        scaled_CD = self.scaled(source_CD)
-        target_DC = nn.functional.conv1d(scaled_CD.T, self.conv[:, None, :], padding=self.config.kernel // 2, groups=scaled_CD.shape[1])
-        content_CD, strength_C = self.value_unit * (target_DC.T @ self.proj), self.strength(scaled_CD)
+    def chunk_update(self, held, memory_DF: torch.Tensor) -> torch.Tensor:
+        """dW [D, F] of one whole chunk without pads (held of one row), by the library's conv1d and a dense solve: what the
+        sequential form writes."""
+        slots = self.slots(held)
+        key_CF, weight_C = slots.keys[0].to(memory_DF.dtype), slots.weights[0]
+        taps = lambda t_CD, conv: nn.functional.conv1d(t_CD.T, conv[:, None, :], padding=self.config.kernel // 2, groups=t_CD.shape[1]).T
+        x_CD = self.scaled(held.x[0])
+        content_CD = taps(x_CD if self.config.target == "hidden_states" else self.scaled(held.source[0]), self.conv) @ self.proj
+        if self.config.target == "both":
+            content_CD = content_CD + taps(x_CD, self.conv_x) @ self.proj_x
+        content_CD = self.value_unit * content_CD
         if self.config.rule == "hebbian":
-            return (content_CD * strength_C.unsqueeze(-1)).T @ key_CF
+            return (content_CD * weight_C.unsqueeze(-1)).T @ key_CF
         # the normal equations in the feed-forward dimension, where fit() solves in the number of tokens
-        missing_CD, weighted_CF = content_CD - key_CF @ memory_DF.T, key_CF * strength_C.unsqueeze(-1)
+        missing_CD, weighted_CF = content_CD - key_CF @ memory_DF.T, key_CF * weight_C.unsqueeze(-1)
         square_FF = weighted_CF.T @ key_CF + self.ridge() * torch.eye(key_CF.shape[1], dtype=key_CF.dtype, device=key_CF.device)
         return torch.linalg.solve(square_FF, weighted_CF.T @ missing_CD).T
 
@@ -143,19 +208,62 @@ class FastWeight(nn.Module):
         """lambda, [1]."""
         return torch.exp(PACE * self.log_ridge)
 
-    def key(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a token is written under, [..., F] in h's dtype: h, h on the unit sphere, or learned features of x."""
-        return self._features(x, h, "key")
+    # ---- keys and queries ----
+
+    @torch.no_grad()
+    def centre(self, x_LD: torch.Tensor) -> None:
+        """Set the codes' biases so that their mean over these tokens is 0."""
+        mean_D = self.scaled(x_LD).mean(0)
+        self.key_bias.copy_(-mean_D @ self.key_code[:len(mean_D)])
+        self.query_bias.copy_(-mean_D @ self.query_code)
+
+    def key(self, informed: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """What a token is written under, [..., F] in h's dtype: h, h on the unit sphere, or learned features of x (`informed`)."""
+        return self._features(informed, h, "key")
 
     def query(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a token asks with, [..., F]; the same as its key unless there is a key map."""
-        return self._features(x, h, "query")
+        """What a token asks with, [..., F]; x and h as the MLP has them."""
+        return self._features(self.scaled(x), h, "query")
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
+        if self.config.codes:
+            first, second = (x @ getattr(self, f"{name}_code") + getattr(self, f"{name}_bias")).split(self.sizes, -1)
+            return (unit(first).unsqueeze(-1) * unit(second).unsqueeze(-2)).flatten(-2).to(h.dtype)
         if self.config.key_map:
-            mapped = self.scaled(x) @ getattr(self, f"{name}_in") @ getattr(self, f"{name}_up")
+            mapped = x @ getattr(self, f"{name}_in") @ getattr(self, f"{name}_up")
             return unit(mapped.relu().square()).to(h.dtype)  # squared: a key meets few others
         return unit(h) if self.config.unit_keys else h
+
+    def openness(self, x: torch.Tensor) -> torch.Tensor | float:
+        """The share of what is read that a token takes, [..., 1]; 1 without the read gate."""
+        return torch.sigmoid(self.scaled(x) @ self.open + self.open_bias).unsqueeze(-1) if self.config.read_gate else 1.0
+
+    def read(self, memory, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """What a layer's memory adds to the MLP's output for the tokens x, h: [N, L, D]."""
+        return memory.read(self.query(x, h)) * self.openness(x)
+
+
+def code_sizes(feed_forward: int) -> tuple[int, int]:
+    """The two factors of F that are nearest to each other, the smaller first: 1536 -> (32, 48)."""
+    first = next(a for a in range(math.isqrt(feed_forward), 0, -1) if feed_forward % a == 0)
+    return first, feed_forward // first
+
+
+def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, chunk_BS: torch.Tensor) -> torch.Tensor:
+    """Depthwise symmetric conv over each row's real tokens, never across a chunk border, [B, S, D]; 0 at pads' columns or not
+    does not matter, because a pad has no weight.
+
+    Neighbours are counted in tokens, not columns: rows are first moved to the left end, so pads anywhere do not matter.
+    """
+    column_BS = leading(mask_BS, mask_BS.shape[1])  # real tokens in order, then the pads
+    left_BSD = pick_columns(x_BSD, column_BS)
+    # pads belong to no chunk
+    chunk_BS = torch.where(mask_BS, chunk_BS, -1).gather(1, column_BS)
+    reach, width = conv_DK.shape[1] // 2, x_BSD.shape[1]
+    padded_BSD, padded_BS = pad(left_BSD, (0, 0, reach, reach)), pad(chunk_BS, (reach, reach), value=-1)
+    target_BSD = sum(padded_BSD[:, k:k + width] * (padded_BS[:, k:k + width] == chunk_BS).unsqueeze(-1) * conv_DK[:, k]
+                     for k in range(conv_DK.shape[1]))
+    return pick_columns(target_BSD, column_BS.argsort(dim=1))
 
 
 def fit(keys: dict, wanted: dict, weights: dict, ridges: dict) -> dict:

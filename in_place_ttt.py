@@ -8,12 +8,17 @@ layer writes one outer product per token and reads the sum of all finished chunk
     update   dW_c = sum_{i in chunk c} v_i (x) h_i
     output   O_i  = h_i (W_down + sum_{c' < chunk(i)} dW_c')^T          apply first, then update
 
-u = 1, except with unit targets: there x is taken at unit RMS and u is the RMS of W_down's entries, so that one step size
-suits bases whose activations and weights differ in size by orders of magnitude. Two options change the write:
+u = 1, except with unit targets: there x is taken at unit RMS and u is the RMS of W_down's entries, or (calibrated) of the
+residual stream at the layer, so that one step size suits bases whose activations and weights differ in size by orders of
+magnitude. Options change the write:
 
     ridge    the whole text's values are solved for instead of summed: dW minimises
              sum_i eta g_i |(W + dW) k_i - u t_i P|^2 + lambda |dW|^2, W being the memory before this text (kernel ridge regression)
-    key map  the key k_i that is written and the query that reads are learned features of x in place of h itself
+    codes    the key k_i that is written and the query that reads are outer products of two learned unit codes of x in place of
+             h itself, k_i = a_i (x) b_i, so that q k_i = cos(a_q, a_i) cos(b_q, b_i): both must meet (key map: one learned map)
+    write attention    keys and gate also know what attention over the text gathers around a token
+    sparse   the gate has exact zeros, and a token of strength 0 leaves no slot in the memory
+    target both        t_i P is the sum of such a term from the token embeddings and one from x
 
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
 The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP, bit for bit.
@@ -27,7 +32,7 @@ import torch
 from torch import nn
 
 from fast_weight import FastWeight, TTTConfig, chunk_of, fit
-from memory import LayerMemory, Memory
+from memory import LayerMemory, Memory, leading, pick_columns
 
 class TTTMLP(nn.Module):
     """Stands where layer.mlp stood and shares its weights; a plain call unless its owner is writing or reading."""
@@ -72,6 +77,7 @@ class InPlaceTTT(nn.Module):
         self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, self.down_proj(i).in_features, config, generator, rms(i))
                                    for i in config.layers})
         self.fast.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
+        self.down_norms = {i: self.down_norm(i) for i in config.layers}
 
     def detach(self) -> None:
         """Put the base MLPs back; the model is as it was before."""
@@ -91,7 +97,7 @@ class InPlaceTTT(nn.Module):
             raise RuntimeError("TTT modes do not nest: leave the current write or read first")
         self.session = session
         hook = None
-        if isinstance(session, Writer) and self.config.target == "input_embed":
+        if isinstance(session, Writer) and self.config.target != "hidden_states":
             hook = self._decoder[0].get_input_embeddings().register_forward_hook(session.on_embeddings)
         try:
             yield session
@@ -111,12 +117,30 @@ class InPlaceTTT(nn.Module):
         """
         return self._mode(Writer(self, memory, differentiable, form))
 
-    def read(self, memory: Memory):
+    def read(self, memory: Memory, watch_BL: torch.Tensor | None = None):
         """Context in which the model answers with `memory` attached; nothing is written.
 
         A batch of k times the memory's rows asks k neighbouring questions of each row (see LayerMemory.read).
+        watch: tokens [B, L] of the one forward to come whose queries the yielded Reader keeps, {layer: [M, F]}.
         """
-        return self._mode(Reader(self, memory))
+        return self._mode(Reader(self, memory, watch_BL))
+
+    @torch.no_grad()
+    def calibrate(self, model: nn.Module, ids_1L: torch.Tensor) -> None:
+        """Fit each TTT layer's scales to the base on one text: the value unit becomes the median RMS of the residual stream behind
+        the layer, and the codes are centred, so that tokens share no direction in them. The first token, often of another
+        size by orders of magnitude, is left out."""
+        inputs = {}
+        hooks = [self._decoder[0].layers[i].mlp.base.register_forward_pre_hook(
+            lambda module, args, i=i: inputs.__setitem__(i, args[0])) for i in self.config.layers]
+        states = model.get_decoder()(input_ids=ids_1L, use_cache=False, output_hidden_states=True).hidden_states
+        for hook in hooks:
+            hook.remove()
+        for i in self.config.layers:  # states[0] is the embeddings; the last entry is behind the final norm, so the one before serves
+            state_LD, fast = states[min(i + 1, len(states) - 2)][0, 1:].float(), self.fast[str(i)]
+            fast.value_unit.fill_(state_LD.pow(2).mean(-1).sqrt().median().item())
+            if self.config.codes:
+                fast.centre(inputs[i][0, 1:])
 
 
 def check_layers(decoder_layers, wanted) -> None:
@@ -140,12 +164,16 @@ def check_memory(memory: Memory, owner: InPlaceTTT) -> None:
 class Reader:
     """Adds a finished memory's share to each TTT layer's output."""
 
-    def __init__(self, owner: InPlaceTTT, memory: Memory):
+    def __init__(self, owner: InPlaceTTT, memory: Memory, watch_BL: torch.Tensor | None = None):
         check_memory(memory, owner)
-        self.owner, self.memory = owner, memory
+        self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
+        self.queries: dict[int, torch.Tensor] = {}
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
-        return self.memory.layers[index].read(self.owner.fast[str(index)].query(x_BLD, h_BLF))
+        fast = self.owner.fast[str(index)]
+        if self.watch_BL is not None:
+            self.queries[index] = fast.query(x_BLD[self.watch_BL], h_BLF[self.watch_BL])
+        return fast.read(self.memory.layers[index], x_BLD, h_BLF)
 
 
 @dataclass
@@ -178,11 +206,6 @@ class Pending:
         return Pending(source, x, h, real & kept_BS, fresh & kept_BS, position)
 
 
-def pick_columns(t: torch.Tensor, column_BS: torch.Tensor) -> torch.Tensor:
-    """t [B, P, ...] gathered along its second dimension at column_BS [B, S]."""
-    return t.gather(1, column_BS.reshape(*column_BS.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
-
-
 class Writer:
     """One text being written, over one or several forward calls (see InPlaceTTT.write)."""
 
@@ -195,6 +218,7 @@ class Writer:
         self.differentiable, self.form = differentiable, form
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self.pending: dict[int, Pending] = {}
+        self.worth: dict[int, torch.Tensor] = {}  # the gate's logits [B, S] by layer, after memory() of a differentiable write
         self.tokens_B: torch.Tensor | None = None
         self._real_BL = self._position_BL = self._embed_BLD = None
         self._passed: set[int] = set()  # layers that the announced call has been through
@@ -227,21 +251,25 @@ class Writer:
             return self._sequential(index, fast, new)
         held = self.pending[index].append(new) if index in self.pending else new
         share_BLD = self._visible_share(index, fast, held, new)
-        whole = self.differentiable or self.owner.config.rule == "ridge"  # ridge solves for all of the text at its end
+        config = self.owner.config
+        # ridge solves for all of the text at its end, and attention over an unfinished chunk is not settled before that
+        whole = self.differentiable or config.rule == "ridge" or (config.write_attention and config.chunk is None)
         self.pending[index] = held if whole else self._fold(index, fast, held)
         return share_BLD
 
     def _visible_share(self, index: int, fast: FastWeight, held: Pending, new: Pending) -> torch.Tensor | None:
         """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk."""
-        chunk = self.owner.config.chunk
+        chunk, start = self.owner.config.chunk, self.start and not self.owner.config.blind
         if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
-            return self.start.layers[index].read(fast.query(new.x, new.h)) if self.start else None
-        query_BLF, key_BSF = fast.query(new.x, new.h), fast.key(held.x, held.h)
-        value_BSD = fast.value(held.source, held.position, held.real) * held.fresh.unsqueeze(-1)
+            return fast.read(self.start.layers[index], new.x, new.h) if start else None
+        query_BLF, slots = fast.query(new.x, new.h), fast.slots(held)
+        value_BSD = slots.contents * (slots.weights * held.fresh).unsqueeze(-1)
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
-        score_BLS = (query_BLF @ key_BSF.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
+        score_BLS = (query_BLF @ slots.keys.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
         share_BLD = score_BLS @ value_BSD
-        return share_BLD + self.done[index].read(query_BLF) if index in self.done else share_BLD
+        if index in self.done:
+            share_BLD = share_BLD + self.done[index].read(query_BLF)
+        return share_BLD * fast.openness(new.x)
 
     def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
         """Move the tokens whose value can no longer change into the memory; return what must still be held.
@@ -263,19 +291,31 @@ class Writer:
 
     def _sum(self, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
         """Hebbian: the outer products of the chosen tokens."""
-        value_BSD = fast.value(held.source, held.position, held.real) * chosen_BS.unsqueeze(-1)
-        return LayerMemory.factored(fast.key(held.x, held.h), value_BSD)
+        slots = fast.slots(held)
+        value_BSD = slots.contents * (slots.weights * chosen_BS).unsqueeze(-1)
+        update = LayerMemory.factored(slots.keys, value_BSD)
+        return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
-    def _solve(self) -> dict[int, LayerMemory]:
-        """Ridge: what the held text adds to each layer, all layers in one batched solve."""
-        fasts = {index: self.owner.fast[str(index)] for index in self.pending}
-        keys = {index: fasts[index].key(held.x, held.h) for index, held in self.pending.items()}
-        scaled = {index: fasts[index].scaled(held.source) for index, held in self.pending.items()}
-        wanted = {index: fasts[index].content(scaled[index], held.position, held.real) for index, held in self.pending.items()}
+    def _flush(self, group: int) -> dict[int, LayerMemory]:
+        """What the tokens still held add to each layer."""
+        slots = {index: self.owner.fast[str(index)].slots(held) for index, held in self.pending.items()}
+        self.worth = {index: s.worth for index, s in slots.items()} if self.differentiable else {}
+        weights = {index: slots[index].weights * held.fresh for index, held in self.pending.items()}
+        updates = {index: LayerMemory.factored(s.keys, s.contents) for index, s in slots.items()}
+        if self.owner.config.sparse and not self.differentiable:  # what has no strength leaves no slot, nor a row in the solve
+            kept = {index: update.where(weights[index] > 0) for index, update in updates.items()}
+            width = max(update.keys.shape[1] for update in kept.values())
+            weights = {index: pick_columns(w, leading(w > 0, width)) for index, w in weights.items()}
+            updates = {index: update.padded(width) for index, update in kept.items()}
+        if group > 1:
+            weights = {index: w.reshape(-1, group * w.shape[1]) for index, w in weights.items()}
+            updates = {index: update.grouped(group) for index, update in updates.items()}
+        if self.owner.config.rule == "hebbian":
+            return {index: LayerMemory.factored(u.keys, u.values * weights[index].unsqueeze(-1)) for index, u in updates.items()}
+        keys, wanted = {index: u.keys for index, u in updates.items()}, {index: u.values for index, u in updates.items()}
         for index in self.start.layers if self.start else ():  # only what the memory does not answer already
             wanted[index] = wanted[index] - self.done[index].read(keys[index])
-        weights = {index: fasts[index].strength(scaled[index]) * held.fresh for index, held in self.pending.items()}
-        ridges = {index: fasts[index].ridge() for index in fasts}
+        ridges = {index: self.owner.fast[str(index)].ridge() for index in keys}
         return {index: LayerMemory.factored(keys[index], value) for index, value in fit(keys, wanted, weights, ridges).items()}
 
     def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
@@ -284,30 +324,31 @@ class Writer:
         rows, updates = [], []
         for b in range(new.x.shape[0]):
             real = new.real[b].nonzero()[:, 0]
-            source_LD, x_LD, h_LF = new.source[b, real], new.x[b, real], new.h[b, real]
-            key_LF, query_LF = fast.key(x_LD, h_LF), fast.query(x_LD, h_LF)
-            update_DF = before.update[b] if before else fast.conv.new_zeros(x_LD.shape[1], key_LF.shape[1])
-            share_LD = torch.zeros(new.x.shape[1], x_LD.shape[1], dtype=update_DF.dtype, device=x_LD.device)
+            row = Pending(*(t[b:b + 1, real] for t in new.fields()))
+            query_LF, open_L1 = fast.query(row.x[0], row.h[0]), fast.openness(row.x[0])
+            update_DF = before.update[b] if before else fast.conv.new_zeros(row.x.shape[2], query_LF.shape[1])
+            share_LD = torch.zeros(new.x.shape[1], row.x.shape[2], dtype=update_DF.dtype, device=row.x.device)
             for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
-                share_LD[real[tokens]] = query_LF[tokens].to(update_DF.dtype) @ update_DF.T
-                update_DF = update_DF + fast.chunk_update(source_LD[tokens], key_LF[tokens].to(update_DF.dtype), update_DF)
+                if not self.owner.config.blind:
+                    share_LD[real[tokens]] = (query_LF.to(update_DF.dtype) @ update_DF.T * open_L1)[tokens]
+                chunk = Pending(*(t[:, tokens] for t in row.fields()))
+                update_DF = update_DF + fast.chunk_update(chunk, update_DF)
             rows.append(share_LD)
             updates.append(update_DF)
         self.done[index] = LayerMemory.dense(torch.stack(updates))
         return torch.stack(rows)
 
-    def memory(self) -> Memory:
+    def memory(self, group: int = 1) -> Memory:
         """Flush the last, partial chunk and return everything written, one row per batch row.
 
         Call it once, after the context; with `differentiable` and gradients enabled it is a function of the adapter.
+        group: so many neighbouring rows become one memory, as if written side by side; only for a fresh text in one chunk.
         """
         if self._passed != set(self.owner.config.layers):
             raise RuntimeError("nothing was written: no forward ran inside the write context")
-        if self.owner.config.rule == "ridge" and self.pending:  # the sequential form has solved already
-            rest = self._solve()
-        else:
-            rest = {index: self._sum(self.owner.fast[str(index)], held, held.fresh) for index, held in self.pending.items()}
-        for index, update in rest.items():
+        if group > 1 and (self.start or self.owner.config.chunk is not None):
+            raise RuntimeError("only fresh texts of one chunk can be written side by side")
+        for index, update in (self._flush(group) if self.pending else {}).items():  # the sequential form has nothing pending
             self._add(index, update)
         self.pending = {}
         chunk = self.owner.config.chunk
@@ -315,5 +356,7 @@ class Writer:
         tokens_B = self.tokens_B
         if self.start:
             tokens_B, chunks_B = tokens_B + self.start.tokens, chunks_B + self.start.chunks
-        norms = {i: self.owner.down_norm(i) for i in self.done}
+        if group > 1:
+            tokens_B, chunks_B = (t.reshape(-1, group).sum(1) for t in (tokens_B, chunks_B))
+        norms = {i: self.owner.down_norms[i] for i in self.done}
         return Memory(dict(sorted(self.done.items())), tokens_B, chunks_B, norms)

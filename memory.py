@@ -26,6 +26,16 @@ def unit(h: torch.Tensor) -> torch.Tensor:
     return (wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-6)).to(h.dtype)
 
 
+def pick_columns(t: torch.Tensor, column_BS: torch.Tensor) -> torch.Tensor:
+    """t [B, P, ...] gathered along its second dimension at column_BS [B, S]."""
+    return t.gather(1, column_BS.reshape(*column_BS.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+
+
+def leading(wanted_BS: torch.Tensor, width: int) -> torch.Tensor:
+    """Columns [B, width] of a row's wanted entries in order, then of others."""
+    return (~wanted_BS).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64)."""
@@ -101,6 +111,16 @@ class LayerMemory:
         left, scale, right = torch.linalg.svd(self.to_dense().update, full_matrices=False)
         values_BRD = (left * scale.unsqueeze(1))[:, :, :rank].transpose(1, 2).contiguous()
         return LayerMemory.factored(right[:, :rank].contiguous(), values_BRD)
+
+    def where(self, wanted_BS: torch.Tensor) -> "LayerMemory":
+        """Factored: only the wanted slots, moved to the left end; a row with fewer has slots without a value at the right."""
+        column_BS = leading(wanted_BS, max(1, int(wanted_BS.sum(1).max())))
+        kept_BS1 = wanted_BS.gather(1, column_BS).unsqueeze(-1)
+        return self.map(lambda t: pick_columns(t, column_BS) * kept_BS1)
+
+    def grouped(self, group: int) -> "LayerMemory":
+        """Factored: `group` neighbouring rows as one, their slots side by side, which is the sum of their updates."""
+        return self.map(lambda t: t.reshape(-1, group * t.shape[1], t.shape[2]))
 
     def padded(self, slots: int) -> "LayerMemory":
         """The same factored memory with empty slots up to `slots`."""

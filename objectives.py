@@ -1,30 +1,44 @@
 """What an arm is trained for: each objective takes (loaded, adapter, batch, device) and returns a Step.
 
-The batches come from training_data.py: Examples for recall and context, token rows for lm.
+The batches come from training_data.py: a Batch of Examples for recall and context, token rows for lm.
+
+Beside the answers' cross-entropy a recall arm with codes has three aids, which say directly what the memory is for:
+    address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among all
+              slots of the batch and a null that stands for "nothing written" (InfoNCE; the line break and prose ask the null)
+    worth     the write gate is to open where a fact's value follows, and nowhere else (binary cross-entropy)
+    calm      prose read with a memory attached is to be predicted as without (Kullback-Leibler)
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 
 from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory
 from model_utils import Loaded
-from training_data import IGNORE, Example, pack
+from training_data import IGNORE, NOWHERE, Batch, Packed, pack
+
+SHARPNESS = 30.0    # logit of an address a query meets fully; one of in_place_ttt's products of cosines is at most 1
+NULL = 0.4          # what a query must meet better than to be no query for nothing
+AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3}  # weights beside the answers' loss (DECISIONS.md)
 
 
 @dataclass(frozen=True)
 class Step:
-    """loss (a scalar with gradient), labels counted, how many the argmax got right, tokens run, the memory written."""
+    """loss (a scalar with gradient), labels counted, how many the argmax got right, tokens run, the memory written.
+
+    measures: what else the log keeps of the update, by name: scalars or one number a layer.
+    """
 
     loss: torch.Tensor
     labels: int
     right: torch.Tensor
     tokens: int
     memory: Memory | None = None
+    measures: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,13 +47,13 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
     Under a causal mask a pad on the left attends to nothing, and fused attention kernels give such a row NaN gradients.
     """
     width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]).to(device, non_blocking=True)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).to(device, non_blocking=True)
+    return ids, mask
 
 
-def answer_loss(loaded: Loaded, batch: list[Example], device) -> Step:
+def answer_loss(loaded: Loaded, packed: Packed) -> Step:
     """Cross-entropy of the answers of packed prompts under teacher forcing; the logits of other positions are never made."""
-    packed = pack(batch, loaded.tokenizer.pad_token_id, device)
     window = sliding_window(loaded.model.config.get_text_config())
     mask = packed.mask[:, None] if window is None else attention_kinds(packed.mask, packed.position, packed.position, window)
     hidden = loaded.model.get_decoder()(input_ids=packed.ids, attention_mask=mask, position_ids=packed.position,
@@ -51,17 +65,73 @@ def answer_loss(loaded: Loaded, batch: list[Example], device) -> Step:
     return Step(cross_entropy(logits, wanted), wanted.numel(), right, packed.ids.numel())
 
 
-def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[Example], device) -> Step:
+def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS) -> Step:
     """Write each conversation, drop it, and answer with the memory alone."""
-    ids, mask = pad_right([example.written for example in batch], loaded.tokenizer.pad_token_id, device)
+    pad_id = loaded.tokenizer.pad_token_id
+    ids, mask = pad_right([example.written for example in batch.examples], pad_id, device)
     # the base's activations while writing carry no gradient; the values, recomputed from them in memory(), do
     with torch.no_grad(), ttt.write(differentiable=True) as writer:
         writer.expect(mask)
         loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-    memory = writer.memory()
-    with ttt.read(memory):
-        answered = answer_loss(loaded, batch, device)
-    return replace(answered, tokens=answered.tokens + ids.numel(), memory=memory)
+    memory = writer.memory(batch.group)
+    packed = pack(batch.examples, pad_id, device)
+    asks = torch.zeros_like(packed.labels, dtype=torch.bool)  # the positions that predict an answer token
+    asks[:, :-1] = packed.labels[:, 1:] != IGNORE
+    with ttt.read(memory, watch_BL=asks if ttt.config.codes else None) as reader:
+        answered = answer_loss(loaded, packed)
+    loss, measures = answered.loss, {}
+    if ttt.config.codes:
+        worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
+        aids = {"address": address_loss(memory, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, measures),
+                "worth": worth_loss(writer.worth, worth, mask, measures),
+                "calm": calm_loss(loaded, ttt, memory, batch.calm, device)}
+        loss = loss + sum(weights[name] * aid for name, aid in aids.items())
+        measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
+    return Step(loss, answered.labels, answered.right, answered.tokens + ids.numel(), memory, measures)
+
+
+def address_loss(memory: Memory, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, measures: dict) -> torch.Tensor:
+    """InfoNCE of the asking queries [M, F] over all slots of the batch and the null, mean over the layers."""
+    slots = mask_BS.shape[1]
+    row_M = asks_BT.nonzero()[:, 0]
+    wanted_M = torch.where(address_M == NOWHERE, 0, 1 + row_M * slots + address_M)
+    wanted_M = torch.where(address_M == IGNORE, IGNORE, wanted_M)
+    in_text_M = address_M >= 0
+    losses, found = [], []
+    for index, query_MF in queries.items():
+        key_NF = memory.layers[index].keys.reshape(-1, query_MF.shape[1])
+        meets_MN = (query_MF @ key_NF.T).float().masked_fill(~mask_BS.bool().reshape(1, -1), -1.0)
+        meets_MN = torch.cat([torch.full_like(meets_MN[:, :1], NULL), meets_MN], 1)
+        losses.append(cross_entropy(SHARPNESS * meets_MN, wanted_M, ignore_index=IGNORE))
+        with torch.no_grad():
+            found.append((meets_MN.argmax(1) == wanted_M)[in_text_M].float().mean())
+    measures["found"] = torch.stack(found)  # share of answer tokens whose slot is the one met best, by layer
+    return torch.stack(losses).mean()
+
+
+def worth_loss(logits: dict, worth_BS: torch.Tensor, mask_BS: torch.Tensor, measures: dict) -> torch.Tensor:
+    """Binary cross-entropy of the write gates, mean over real tokens and layers."""
+    real = mask_BS.bool()
+    wanted = worth_BS[real].float()
+    judged = torch.stack([logit[real] for logit in logits.values()])
+    with torch.no_grad():
+        open_ = (judged > 0).float()
+        measures["gate_recall"] = (open_ * wanted).sum(1) / wanted.sum().clamp(min=1)
+        measures["gate_precision"] = (open_ * wanted).sum(1) / open_.sum(1).clamp(min=1)
+    return binary_cross_entropy_with_logits(judged, wanted.expand_as(judged))
+
+
+def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[int]], device) -> torch.Tensor:
+    """KL of the next-token distributions on unrelated prose with a memory attached from those without."""
+    rows = rows[:memory.batch]
+    ids, mask = pad_right(rows, loaded.tokenizer.pad_token_id, device)
+    decoder, head = loaded.model.get_decoder(), loaded.model.get_output_embeddings()
+    logs = lambda: log_softmax(head(decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]).float(), -1)
+    with torch.no_grad():
+        without = logs()
+    with ttt.read(memory.select(list(range(len(rows))))):
+        attached = logs()
+    return kl_div(attached, without, reduction="batchmean", log_target=True)
 
 
 def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> Step:
@@ -78,9 +148,9 @@ def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> 
     return Step(cross_entropy(logits, wanted), wanted.numel(), (logits.argmax(-1) == wanted).sum(), ids.numel(), memory)
 
 
-def context_step(loaded: Loaded, ttt: None, batch: list[Example], device) -> Step:
+def context_step(loaded: Loaded, ttt: None, batch: Batch, device) -> Step:
     """Answer with the conversation in the prompt; a LoRA on the base learns to."""
-    return answer_loss(loaded, batch, device)
+    return answer_loss(loaded, pack(batch.examples, loaded.tokenizer.pad_token_id, device))
 
 
 OBJECTIVES = {"recall": recall_step, "lm": lm_step, "context": context_step}

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,18 +26,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import prompts
 import training_bank
+from fast_weight import TARGETS
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, provenance, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
-from objectives import OBJECTIVES
+from objectives import AIDS, OBJECTIVES
 from training_data import BankDataset, TextDataset, batches, load_texts
 
 LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+SWITCHES = {"codes": "keys and queries as products of two learned codes", "sparse": "a gate with exact zeros",
+            "read-gate": "learned share of what is read", "calibrated": "values in units of the residual stream",
+            "blind": "texts are read without the earlier memory while they are written"}
 WINDOW = 25         # updates whose mean loss is compared for divergence
 
 
@@ -68,7 +74,7 @@ def check_course(losses: list[float], update: int) -> None:
 
 def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses, log, save) -> None:
     """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones and the last."""
-    device, step, started = loaded.device, OBJECTIVES[arguments.objective], time.time()
+    device, step, started = loaded.device, make_step(arguments), time.time()
     bar = tqdm(batches(dataset, arguments.workers, start=len(losses)), total=arguments.updates, initial=len(losses),
                desc=arguments.arm, unit="update")
     for update, batch in enumerate(bar, len(losses)):
@@ -88,11 +94,29 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
         measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": result.right.item() / max(result.labels, 1), "grad_norm": norm.item(),
                     "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
                     "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
-        log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in measured.items()}) + "\n")
+        measured |= {name: t.tolist() for name, t in result.measures.items()}
+        log.write(json.dumps({k: rounded(v) for k, v in measured.items()}) + "\n")
         bar.set_postfix_str(progress(measured))
         if (update + 1) % arguments.save_every == 0 or update + 1 == arguments.updates:
             log.flush()
             save(update + 1)
+
+
+def make_step(arguments):
+    """The objective's step, (loaded, ttt, batch, device) -> Step."""
+    step = OBJECTIVES[arguments.objective]
+    return partial(step, weights=aid_weights(arguments)) if arguments.objective == "recall" else step
+
+
+def aid_weights(arguments) -> dict[str, float]:
+    return {name: getattr(arguments, name) for name in AIDS}
+
+
+def rounded(value):
+    """Floats to six places, in lists too."""
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def progress(measured: dict) -> str:
@@ -112,10 +136,13 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--chunk", help="tokens per chunk, or whole (default: the model's row; for lm 64)")
     arm.add_argument("--eta", type=float, help="step size of the write (default: the model's row)")
     arm.add_argument("--init", choices=("paper", "shift"), help="start of conv and P (default: the model's row)")
-    arm.add_argument("--target", choices=("hidden_states", "input_embed"), help="what values are made of (default: the row)")
+    arm.add_argument("--target", choices=TARGETS, help="what values are made of (default: the row)")
     arm.add_argument("--rule", choices=("hebbian", "ridge"), help="how values become the update (default: the row)")
     arm.add_argument("--ridge", type=float, help="where ridge's learned lambda starts (default: the row)")
     arm.add_argument("--key-map", type=int, help="rank of learned maps to keys and queries, 0 for none (default: the row)")
+    arm.add_argument("--write-attention", type=int, help="heads of attention over the written text, 0 for none (default: the row)")
+    for name, what in SWITCHES.items():
+        arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     arm.add_argument("--unit-keys", action=argparse.BooleanOptionalAction, help="keys on the unit sphere (default: the row)")
     arm.add_argument("--unit-targets", action=argparse.BooleanOptionalAction, help="targets at unit RMS (default: the row)")
     arm.add_argument("--gate", action=argparse.BooleanOptionalAction, help="learned write strength per token (default: the row)")
@@ -124,7 +151,11 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
     data.add_argument("--conversations", type=int, default=32, help="conversations per update (default: %(default)s)")
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
+    data.add_argument("--groups", default="1,1,2,4", help="sizes to draw from: so many conversations are written into one memory (default: %(default)s)")
     data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
+    aids = parser.add_argument_group("aids of a recall arm with codes (objectives.py): weights beside the answers' loss")
+    for name, weight in AIDS.items():
+        aids.add_argument(f"--{name}", type=float, default=weight, help=f"default: {weight}")
     how = parser.add_argument_group("the optimizer")
     how.add_argument("--updates", type=int, default=520, help="optimizer updates (default: %(default)s)")
     how.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {LR})")
@@ -157,7 +188,8 @@ def ttt_config(arguments, row):
         raise UserError(f"--chunk {chunk}: give a number of tokens, or whole")
     config = override_ttt(row.ttt, layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
                           init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
-                          key_map=arguments.key_map, unit_keys=arguments.unit_keys,
+                          key_map=arguments.key_map, write_attention=arguments.write_attention,
+                          **{name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in SWITCHES}, unit_keys=arguments.unit_keys,
                           unit_targets=arguments.unit_targets, gate=arguments.gate,
                           chunk=int(chunk) if chunk and chunk != "whole" else None)
     if arguments.objective == "lm" and chunk == "whole":
@@ -173,14 +205,22 @@ def bank_langs(arguments, row) -> tuple[str, ...]:
     return langs
 
 
-def make_dataset(arguments, loaded: Loaded, langs):
+def parse_groups(arguments) -> tuple[int, ...]:
+    parts = arguments.groups.split(",")
+    if not all(part.isdecimal() and int(part) > 0 and arguments.conversations % int(part) == 0 for part in parts):
+        raise UserError(f"--groups {arguments.groups}: give sizes that divide --conversations {arguments.conversations}, such as 1,2,4")
+    return tuple(map(int, parts))
+
+
+def make_dataset(arguments, config, loaded: Loaded, langs):
     """(dataset, hash of what it draws from)."""
     common = (arguments.updates, arguments.conversations)
     if arguments.objective == "lm":
         texts, sha = load_texts(arguments.data, langs)
         return TextDataset(loaded.tokenizer, texts, *common, LM_LENGTH, arguments.seed), sha
     shown = arguments.objective == "context"
-    return BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown), training_bank.bank_sha256()
+    groups = (1,) if shown or config.chunk else parse_groups(arguments)  # finished chunks are applied at once, so not side by side
+    return BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups), training_bank.bank_sha256()
 
 
 def main() -> None:
@@ -199,12 +239,12 @@ def main() -> None:
     ttt, lora = attach(config, loaded, arguments.seed)
     trained = {name: p for name, p in (ttt or lora).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=arguments.lr, weight_decay=0.0)
-    dataset, data_sha = make_dataset(arguments, loaded, langs)
+    dataset, data_sha = make_dataset(arguments, config, loaded, langs)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": ttt is not None, "seed": arguments.seed, "ttt": config.to_dict() if config else None,
                 "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
-                              "probes": arguments.probes}, **provenance(), "device": reason}
+                              "probes": arguments.probes, "groups": arguments.groups, "aids": aid_weights(arguments)}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:
@@ -235,9 +275,13 @@ def attach(config, loaded: Loaded, seed: int):
         lora.peft_config["default"].base_model_name_or_path = loaded.row.name  # not the folder on this machine
         return None, lora
     try:
-        return InPlaceTTT(loaded.model, config, seed), None
+        ttt = InPlaceTTT(loaded.model, config, seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.calibrated:
+        text = "\n\n".join(prompts.FORMS[lang].example + "\n\n" + training_bank.passages(lang)[0] for lang in loaded.row.langs)
+        ttt.calibrate(loaded.model, torch.tensor([prompts.written_ids(loaded.tokenizer, text)], device=loaded.device))
+    return ttt, None
 
 
 def base_digest(loaded: Loaded) -> str:

@@ -14,8 +14,11 @@ import training_bank
 from manifests import UserError, file_sha256
 
 IGNORE = -100           # label of a position that carries no loss
+NOWHERE = -1            # address of an answer token that stands nowhere in the text (the line break that ends the answer)
+PROSE_TOKENS = (80, 280)    # a row of unrelated prose beside the conversations of a merged memory
+CALM_TOKENS = 48        # a row of unrelated prose that is read with a memory attached
 PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation
-PROSE_MOST = 4          # passages, at most
+PROSE_MOST = 2          # passages, at most
 NO_ROBOTS = "HuggingFaceH4/no_robots"
 
 
@@ -26,25 +29,45 @@ class Example:
     written: list[int]
     prefix: list[int]
     pairs: list[tuple[list[int], list[int]]]
+    worth: list[int] = ()              # 1 for every written token whose next token belongs to a fact's value, else 0
+    addresses: list[list[int]] = ()    # for every answer token of every pair the written token that stands before it in its fact
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One update: the Examples, how many neighbouring ones share a memory, and rows of unrelated prose to be read unharmed."""
+
+    examples: list[Example]
+    group: int = 1
+    calm: list[list[int]] = ()
 
 
 class BankDataset(Dataset):
-    """Item u: the Examples of update u, drawn from the training bank.
+    """Item u: the Batch of update u, drawn from the training bank.
 
     shown: whether the prompt shows the conversation (A_tuned) or only asks about it (the memory arms).
+    groups: sizes of memory to draw from, each update its own: so many neighbouring rows are written into one memory. In
+    groups of two and more, one row is unrelated prose in every second group.
     """
 
-    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool):
-        self.tokenizer, self.langs, self.updates = tokenizer, langs, updates
+    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,)):
+        self.tokenizer, self.langs, self.updates, self.groups = tokenizer, langs, updates, tuple(groups)
         self.conversations, self.probes, self.seed, self.shown = conversations, probes, seed, shown
 
     def __len__(self) -> int:
         return self.updates
 
-    def __getitem__(self, update: int) -> list[Example]:
+    def __getitem__(self, update: int) -> Batch:
         rng = random.Random(f"{self.seed}/{update}")
         prose = rng.randint(1, PROSE_MOST) if update % PROSE_EVERY == PROSE_EVERY - 1 else 0
-        return [self.example(rng, self.langs[i % len(self.langs)], prose) for i in range(self.conversations)]
+        group = rng.choice(self.groups)
+        examples = [self.example(rng, self.langs[i // group % len(self.langs)], prose) for i in range(self.conversations)]
+        if group > 1:
+            for first in range(0, self.conversations, 2 * group):
+                examples[first + rng.randrange(group)] = self.prose(rng, self.langs[first // group % len(self.langs)])
+        calm = [] if self.shown else [self.passage(rng, self.langs[i % len(self.langs)], CALM_TOKENS)
+                                      for i in range(max(1, self.conversations // 4))]
+        return Batch(examples, group, calm)
 
     def example(self, rng: random.Random, lang: str, prose: int) -> Example:
         sample = training_bank.sample_conversation(rng, lang, "train", n_prose=prose)
@@ -53,8 +76,76 @@ class BankDataset(Dataset):
                   prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]
         prefix = prompts.head_ids(self.tokenizer, lang, with_text=self.shown)
         if self.shown:
-            prefix = prefix + prompts.encode(self.tokenizer, sample["conversation"])
-        return Example(prompts.written_ids(self.tokenizer, sample["conversation"]), prefix, pairs)
+            return Example([], prefix + prompts.encode(self.tokenizer, sample["conversation"]), pairs)
+        places = Places(self.tokenizer, lang, sample)
+        return Example(places.ids, prefix, pairs, places.worth(), [places.addresses(probe) for probe in chosen])
+
+    def prose(self, rng: random.Random, lang: str) -> Example:
+        """A row that is written and asked nothing."""
+        ids = self.passage(rng, lang, rng.randint(*PROSE_TOKENS))
+        return Example(ids, prompts.head_ids(self.tokenizer, lang, with_text=False), [], [0] * len(ids), [])
+
+    def passage(self, rng: random.Random, lang: str, tokens: int) -> list[int]:
+        """A stretch of unrelated prose of at most so many tokens, from anywhere in a passage or two."""
+        texts = rng.sample(training_bank.passages(lang), 2)
+        ids = prompts.encode(self.tokenizer, "\n\n".join(texts))
+        start = rng.randrange(max(1, len(ids) - tokens))
+        return prompts.start_ids(self.tokenizer) + ids[start:start + tokens]
+
+
+class Places:
+    """Where a bank conversation's values stand among its tokens."""
+
+    def __init__(self, tokenizer, lang: str, sample: dict):
+        self.tokenizer, self.lang = tokenizer, lang
+        self.start, self.text = prompts.start_ids(tokenizer), sample["conversation"]
+        coded = tokenizer(sample["conversation"], add_special_tokens=False, return_offsets_mapping=True)
+        self.ids, self.offsets = self.start + coded.input_ids, coded.offset_mapping
+        values = {p["required_facts"][0]: p["gold_answer"] for p in sample["probes"] if len(p["required_facts"]) == 1}
+        self.stretch = {}  # fact: [first, last] character of its value
+        for fact in sample["facts"]:
+            begin, end = fact["span"]
+            at = sample["conversation"][begin:end].casefold().rfind(values[fact["fact_id"]].casefold())
+            if at >= 0:
+                self.stretch[fact["fact_id"]] = (begin + at, begin + at + len(values[fact["fact_id"]]) - 1)
+
+    def token_at(self, character: int) -> int:
+        """The token that holds a character of the conversation."""
+        return len(self.start) + max(i for i, (begin, _) in enumerate(self.offsets) if begin <= character)
+
+    def first_token(self, character: int) -> int:
+        """The token at which a value begins: the space before it, where that is a token of its own as in an answer."""
+        token, before = self.token_at(character), (character - 1, character)
+        spaced = before in self.offsets and self.text[character - 1] == " "
+        return token - 1 if spaced else token
+
+    def worth(self) -> list[int]:
+        marks = [0] * len(self.ids)
+        for first, last in self.stretch.values():
+            for i in range(self.first_token(first), self.token_at(last) + 1):
+                if i:
+                    marks[i - 1] = 1
+        return marks
+
+    def addresses(self, probe: dict) -> list[int]:
+        """For each token of the answer, the written token before the one that says the same; NOWHERE for the line break,
+        IGNORE where the value is not found in the fact's own words."""
+        text = prompts.FORMS[self.lang].answer.format(answer=probe["gold_answer"])
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        lead = len(text) - len(text.lstrip())
+        stretch = self.stretch.get(probe["required_facts"][-1])
+        if stretch is None:
+            return [IGNORE] * len(offsets)
+        places, first = [], self.first_token(stretch[0])
+        for number, (begin, end) in enumerate(offsets):
+            if begin >= lead + len(probe["gold_answer"]):
+                places.append(NOWHERE)
+                continue
+            at = first if number == 0 else self.token_at(stretch[0] + max(begin - lead, 0))
+            if places and at <= places[-1] + 1 and begin == offsets[number - 1][0]:
+                at = places[-1] + 2  # one character in several tokens
+            places.append(at - 1 if at else IGNORE)
+        return places
 
 
 class TextDataset(Dataset):
@@ -144,12 +235,13 @@ def batches(dataset: Dataset, workers: int, start: int = 0):
 
 @dataclass(frozen=True)
 class Packed:
-    """Prompts with all their questions in one row each: ids, positions [B, T], mask [B, T, T], labels [B, T]."""
+    """Prompts with all their questions in one row each: ids, positions [B, T], mask [B, T, T], labels and addresses [B, T]."""
 
     ids: torch.Tensor
     position: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
+    addresses: torch.Tensor
 
 
 def pack(examples: list[Example], pad_id: int, device) -> Packed:
@@ -160,21 +252,22 @@ def pack(examples: list[Example], pad_id: int, device) -> Packed:
     """
     rows = [pack_row(example) for example in examples]
     width = max(len(ids) for ids, *_ in rows)
-    column = lambda k, fill: torch.tensor([row[k] + [fill] * (width - len(row[k])) for row in rows], device=device)
-    ids, labels, segment, position = column(0, pad_id), column(1, IGNORE), column(2, -1), column(3, 0)
+    column = lambda k, fill: torch.tensor([row[k] + [fill] * (width - len(row[k])) for row in rows]).to(device, non_blocking=True)
+    ids, labels, segment, position, addresses = column(0, pad_id), column(1, IGNORE), column(2, -1), column(3, 0), column(4, IGNORE)
     same = segment[:, :, None] == segment[:, None, :]
     order = torch.arange(width, device=device)
     mask = (same | (segment[:, None, :] == 0)) & (order[:, None] >= order[None, :])
-    return Packed(ids, position, mask, labels)
+    return Packed(ids, position, mask, labels, addresses)
 
 
 def pack_row(example: Example):
-    """(ids, labels, segment, position) of one row; labels stand where the answer is, segment 0 is the prefix."""
+    """(ids, labels, segment, position, addresses) of one row; labels stand where the answer is, segment 0 is the prefix."""
     ids, labels = list(example.prefix), [IGNORE] * len(example.prefix)
-    segment, position = [0] * len(ids), list(range(len(ids)))
+    segment, position, addresses = [0] * len(ids), list(range(len(ids))), [IGNORE] * len(ids)
     for number, (question, answer) in enumerate(example.pairs, 1):
         ids += question + answer
         labels += [IGNORE] * len(question) + answer
+        addresses += [IGNORE] * len(question) + (list(example.addresses[number - 1]) if example.addresses else [IGNORE] * len(answer))
         segment += [number] * (len(question) + len(answer))
         position += range(len(example.prefix), len(example.prefix) + len(question) + len(answer))
-    return ids, labels, segment, position
+    return ids, labels, segment, position, addresses
