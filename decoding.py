@@ -54,8 +54,13 @@ def attention_kinds(seen_BLT: torch.Tensor, query_BL: torch.Tensor, key_BT: torc
     return {"full_attention": seen_BLT[:, None], "sliding_attention": (seen_BLT & near_BLT)[:, None]}
 
 
-def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None) -> tuple[torch.Tensor, Past]:
-    """One call of the model after `past`. Returns the logits of the last position [B, V] and the longer Past."""
+def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None, session=None) -> tuple[torch.Tensor, Past]:
+    """One call of the model after `past`. Returns the logits of the last position [B, V] and the longer Past.
+
+    session: the Writer or Reader of the context this runs in, to whom the tokens are announced; None outside of one.
+    """
+    if session is not None:
+        session.expect(mask_BL)
     cache = past.cache if past else DynamicCache()  # without the config: a sliding layer's cache would be cut by columns
     mask = torch.cat([past.mask, mask_BL], 1) if past else mask_BL
     position_BL = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1]:]
@@ -69,13 +74,13 @@ def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | Non
     return out.logits[:, -1], Past(cache, mask)
 
 
-def prefill(model, rows: list[list[int]], pad_id: int, past: Past | None = None) -> tuple[torch.Tensor, Past]:
-    """Read token rows after `past`, in segments. Rows may have different lengths; every row needs a token."""
+def prefill(model, rows: list[list[int]], pad_id: int, past: Past | None = None, session=None) -> tuple[torch.Tensor, Past]:
+    """Read token rows after `past`, in segments (session: as in `forward`). Rows may differ in length; every row needs a token."""
     device = next(model.parameters()).device
     ids, mask = pad_left(rows, pad_id, device)
     logits = None
     for start in range(0, ids.shape[1], SEGMENT):
-        logits, past = forward(model, ids[:, start:start + SEGMENT], mask[:, start:start + SEGMENT], past)
+        logits, past = forward(model, ids[:, start:start + SEGMENT], mask[:, start:start + SEGMENT], past, session)
     return logits, past
 
 
@@ -85,12 +90,8 @@ def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memor
 
     Drop the returned Past for the KV-stripped conditions; keep it to read with the text still in context.
     """
-    device = next(model.parameters()).device
-    ids, mask = pad_left(rows, pad_id, device)
     with ttt.write(memory) as writer:
-        for start in range(0, ids.shape[1], SEGMENT):
-            writer.expect(mask[:, start:start + SEGMENT])
-            _, past = forward(model, ids[:, start:start + SEGMENT], mask[:, start:start + SEGMENT], past)
+        _, past = prefill(model, rows, pad_id, past, writer)
     return writer.memory(), past
 
 
@@ -101,8 +102,8 @@ def stop_ids(tokenizer) -> frozenset[int]:
     return frozenset([i for i, text in enumerate(texts) if "\n" in text] + list(tokenizer.all_special_ids))
 
 
-def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int) -> list[str]:
-    """Continue every row greedily until its line or turn ends; the answers' first lines, stripped."""
+def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None) -> list[str]:
+    """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped."""
     device = logits_BV.device
     stops = torch.tensor(sorted(stop_ids(tokenizer)), device=device)
     alive = torch.ones(logits_BV.shape[0], dtype=torch.bool, device=device)
@@ -113,7 +114,7 @@ def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens
         alive = alive & ~torch.isin(chosen, stops)
         if step + 1 == max_new_tokens or not alive.any():
             break
-        logits_BV, past = forward(model, chosen[:, None], torch.ones_like(chosen)[:, None], past)
+        logits_BV, past = forward(model, chosen[:, None], torch.ones_like(chosen)[:, None], past, session)
     texts = tokenizer.batch_decode(torch.stack(tokens, 1), skip_special_tokens=True)
     return [text.split("\n")[0].strip() for text in texts]
 

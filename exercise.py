@@ -55,10 +55,11 @@ def stages(loaded: Loaded, ttt: InPlaceTTT):
 
     @torch.inference_mode()
     def read():
-        with ttt.read(state["memory"]):
-            _, past = prefill(loaded.model, [head] * CONVERSATIONS, pad)
-            logits, past = prefill(loaded.model, tails, pad, past.repeat(PROBES))
-            greedy(loaded.model, loaded.tokenizer, logits, past, NEW_TOKENS)
+        with ttt.read(state["memory"]) as session:
+            _, past = prefill(loaded.model, [head] * CONVERSATIONS, pad, session=session)
+        with ttt.read(state["memory"]) as session:
+            logits, past = prefill(loaded.model, tails, pad, past.repeat(PROBES), session)
+            greedy(loaded.model, loaded.tokenizer, logits, past, NEW_TOKENS, session)
 
     def train():
         optimizer = torch.optim.AdamW(ttt.parameters(), lr=1e-6)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from memory import leading, pick_columns, unit
 
@@ -39,6 +39,7 @@ class TTTConfig:
     unit_targets: bool = False        # targets at unit RMS and values in units of W_down's RMS entry: one eta for every base
     codes: bool = False               # keys and queries are outer products of two learned codes of x: they meet where both do
     write_attention: int = 0          # heads of attention over the written text that inform keys and gate; 0: none
+    read_attention: int = 0           # heads of attention over the question so far that inform its queries; 0: none
     sparse: bool = False              # the gate lies in [0, 1] with exact zeros: a token of strength 0 leaves no slot
     read_gate: bool = False           # learned share in (0, 1) of what is read that a token takes
     calibrated: bool = False          # values in units of the residual stream's RMS at the layer, measured once
@@ -61,6 +62,8 @@ class TTTConfig:
             (self.codes and self.key_map > 0, "codes and key_map are two ways to make keys; use one"),
             (self.write_attention < 0, f"write_attention is {self.write_attention}; use a number of heads, or 0 for none"),
             (self.write_attention > 0 and not self.codes, "write_attention informs the codes; switch codes on"),
+            (self.read_attention < 0, f"read_attention is {self.read_attention}; use a number of heads, or 0 for none"),
+            (self.read_attention > 0 and not (self.codes and self.blind), "read_attention informs the codes of blind arms; switch codes and blind on"),
             (self.sparse and not self.gate, "sparse shapes the gate; switch gate on"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
@@ -83,7 +86,7 @@ class Slots:
     keys: torch.Tensor
     contents: torch.Tensor
     weights: torch.Tensor
-    worth: torch.Tensor | None
+    worth: torch.Tensor | None = None
 
 
 class FastWeight(nn.Module):
@@ -92,7 +95,8 @@ class FastWeight(nn.Module):
     conv [D, K], proj P [D, D], and with both targets conv_x, proj_x for the MLP's input beside the embeddings; with the gate:
     gate [D + Z], gate_bias [1]; with ridge: log_ridge [1]; with a key map of rank R: key_in and query_in [D, R], key_up and
     query_up [R, F]; with codes of sizes a * b = F: key_code [D + Z, a + b], query_code [D, a + b] and their biases; with the
-    write attention: attend [D, 3 Z], log_slope [2, heads]; with the read gate: open [D], open_bias [1].
+    write attention: key_attend [D, 3 Z]; with the read attention: query_attend [D, 3 Z] and query_code is [D + Z, a + b]; with
+    the read gate: open [D], open_bias [1].
     value_unit is the u of in_place_ttt.py: 1, the RMS of the layer's W_down, or (calibrated) a measured number.
     """
 
@@ -106,12 +110,12 @@ class FastWeight(nn.Module):
             self.conv_x, self.proj_x = self._target(hidden_size, generator)
             if config.init == "shift":
                 self.proj_x.data.zero_()  # the embeddings speak first
-        around = config.write_attention * HEAD
+        around, asked = config.write_attention * HEAD, config.read_attention * HEAD
         draw = lambda rows, columns: torch.randn(rows, columns, generator=generator) / rows ** 0.5
         if config.write_attention:
-            self.attend = nn.Parameter(draw(hidden_size, 3 * around))
-            slopes = torch.logspace(0, -2, config.write_attention)  # from a neighbour or two to a hundred
-            self.log_slope = nn.Parameter(slopes.log().repeat(2, 1))
+            self.key_attend = nn.Parameter(draw(hidden_size, 3 * around))
+        if config.read_attention:
+            self.query_attend = nn.Parameter(draw(hidden_size, 3 * asked))
         if config.gate:
             self.gate = nn.Parameter(torch.zeros(hidden_size + around))
             self.gate_bias = nn.Parameter(torch.full((1,), -1.0 if config.sparse else 0.0))
@@ -125,7 +129,7 @@ class FastWeight(nn.Module):
             self.sizes = code_sizes(feed_forward)
             code = draw(hidden_size, sum(self.sizes))
             self.key_code = nn.Parameter(torch.cat([code, torch.zeros(around, sum(self.sizes))]))
-            self.query_code = nn.Parameter(code.clone())
+            self.query_code = nn.Parameter(torch.cat([code, torch.zeros(asked, sum(self.sizes))]))
             self.key_bias, self.query_bias = (nn.Parameter(torch.zeros(sum(self.sizes))) for _ in range(2))
         if config.read_gate:
             self.open, self.open_bias = nn.Parameter(torch.zeros(hidden_size)), nn.Parameter(torch.ones(1))
@@ -142,10 +146,21 @@ class FastWeight(nn.Module):
 
     # ---- writing ----
 
-    def slots(self, held) -> Slots:
-        """What the held tokens would leave (held: in_place_ttt.Pending). Nothing comes from pads, and nothing over a chunk border."""
+    def forward(self, held, bias_BHSS: torch.Tensor | None = None) -> Slots:
+        """As `slots`; what torch.func calls."""
+        return self.slots(held, bias_BHSS)
+
+    def slots(self, held, bias_BHSS: torch.Tensor | None = None) -> Slots:
+        """What the held tokens would leave (held: in_place_ttt.Pending). Nothing comes from pads, and nothing over a chunk border.
+
+        bias: `write_bias` of the held tokens, where the caller has it.
+        """
         x_BSD, chunk_BS = self.scaled(held.x), chunk_of(held.position, self.config.chunk)
-        informed = self.informed(x_BSD, held.position, held.real, chunk_BS)
+        informed = x_BSD
+        if self.config.write_attention:
+            bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
+            q, k, v = heads_of(x_BSD, self.key_attend, held.h.dtype)
+            informed = beside(x_BSD, attention(q, k, v, bias_BHSS))
         strength_BS, worth_BS = self.strength(informed)
         return Slots(self.key(informed, held.h), self.contents(held, x_BSD, chunk_BS), strength_BS * held.real, worth_BS)
 
@@ -156,21 +171,6 @@ class FastWeight(nn.Module):
         if self.config.target == "both":
             content_BSD = content_BSD + convolve(x_BSD, self.conv_x, held.real, chunk_BS) @ self.proj_x
         return self.value_unit * content_BSD
-
-    def informed(self, x_BSD: torch.Tensor, position_BS, mask_BS, chunk_BS) -> torch.Tensor:
-        """x beside what the write attention gathers around each token, [B, S, D + Z]: heads of softmax attention over the
-        chunk in both directions, with a learned slope of distance for each head and direction."""
-        if not self.config.write_attention:
-            return x_BSD
-        q, k, v = (x_BSD @ self.attend).unflatten(-1, (3, self.config.write_attention, HEAD)).permute(2, 0, 3, 1, 4)
-        step_BSS = position_BS[:, None, :] - position_BS[:, :, None]
-        left, right = self.log_slope.exp()[:, None, :, None, None]
-        bias_BHSS = -left * (-step_BSS).clamp(min=0)[:, None] - right * step_BSS.clamp(min=0)[:, None]
-        same_BSS = (chunk_BS[:, :, None] == chunk_BS[:, None, :]) & mask_BS[:, None, :]
-        own_BSS = torch.eye(mask_BS.shape[1], dtype=torch.bool, device=mask_BS.device)  # a pad needs something to look at
-        bias_BHSS = bias_BHSS.masked_fill(~(same_BSS | own_BSS)[:, None], float("-inf"))
-        around_BSZ = scaled_dot_product_attention(q, k, v, attn_mask=bias_BHSS.to(q.dtype)).transpose(1, 2).flatten(2)
-        return torch.cat([x_BSD, around_BSZ], -1)
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """What targets, gates and maps are made of: x in the adapter's dtype, at unit RMS with unit targets."""
@@ -215,15 +215,27 @@ class FastWeight(nn.Module):
         """Set the codes' biases so that their mean over these tokens is 0."""
         mean_D = self.scaled(x_LD).mean(0)
         self.key_bias.copy_(-mean_D @ self.key_code[:len(mean_D)])
-        self.query_bias.copy_(-mean_D @ self.query_code)
+        self.query_bias.copy_(-mean_D @ self.query_code[:len(mean_D)])
 
     def key(self, informed: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """What a token is written under, [..., F] in h's dtype: h, h on the unit sphere, or learned features of x (`informed`)."""
         return self._features(informed, h, "key")
 
     def query(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a token asks with, [..., F]; x and h as the MLP has them."""
+        """What a token asks with, [..., F]; x and h as the MLP has them. For arms without read attention."""
         return self._features(self.scaled(x), h, "query")
+
+    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
+        """(queries [B, L, F] that also know what attention over the question so far gathers, its keys and values so far).
+
+        bias: `distance_bias` from the L new tokens to all T; seen: what the call before returned.
+        """
+        x_BLD = self.scaled(x_BLD)
+        q, k, v = heads_of(x_BLD, self.query_attend, h_BLF.dtype)
+        if seen is not None:
+            k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
+        informed = beside(x_BLD, attention(q, k, v, bias_BHLT))
+        return self._features(informed, h_BLF, "query"), (k, v)
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:
@@ -241,6 +253,42 @@ class FastWeight(nn.Module):
     def read(self, memory, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """What a layer's memory adds to the MLP's output for the tokens x, h: [N, L, D]."""
         return memory.read(self.query(x, h)) * self.openness(x)
+
+
+def heads_of(x_BSD: torch.Tensor, attend: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Queries, keys and values of the heads, [3, B, H, S, HEAD], in the model's dtype as its own attention has them."""
+    return (x_BSD @ attend).to(dtype).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+
+
+def attention(q_BHLE, k_BHTE, v_BHTE, bias_BHLT) -> torch.Tensor:
+    """Softmax attention in plain products: the library's fused one has no batching rule for several layers at once."""
+    return (q_BHLE @ k_BHTE.transpose(-1, -2) * HEAD ** -0.5 + bias_BHLT).softmax(-1) @ v_BHTE
+
+
+def beside(x_BSD: torch.Tensor, gathered_BHSE: torch.Tensor) -> torch.Tensor:
+    """x with what the heads gathered next to it, [B, S, D + Z]."""
+    return torch.cat([x_BSD, gathered_BHSE.transpose(1, 2).flatten(2).to(x_BSD.dtype)], -1)
+
+
+def distance_bias(query_BL: torch.Tensor, key_BT: torch.Tensor, allowed_BLT: torch.Tensor, heads: int, dtype) -> torch.Tensor:
+    """Bias [B, H, L, T] of attention by distance (ALiBi, Press et al. 2022): one fixed slope a head, from 1 down to 1/100.
+
+    query and key are token positions; what is not allowed gets -inf.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    slopes = torch.logspace(0, -2, heads, dtype=wide, device=query_BL.device)[:, None, None]
+    distance_BLT = (query_BL[:, :, None] - key_BT[:, None, :]).abs().to(wide)
+    return (-slopes * distance_BLT[:, None]).masked_fill(~allowed_BLT[:, None], float("-inf")).to(dtype)
+
+
+def write_bias(held, config: TTTConfig) -> torch.Tensor | None:
+    """The write attention's bias over the held tokens: both directions, within a chunk; a pad looks at itself alone."""
+    if not config.write_attention:
+        return None
+    chunk_BS = torch.where(held.real, chunk_of(held.position, config.chunk), -1)
+    allowed_BSS = (chunk_BS[:, :, None] == chunk_BS[:, None, :]) & held.real[:, None, :]
+    allowed_BSS = allowed_BSS | torch.eye(chunk_BS.shape[1], dtype=torch.bool, device=chunk_BS.device)
+    return distance_bias(held.position, held.position, allowed_BSS, config.write_attention, held.h.dtype)
 
 
 def code_sizes(feed_forward: int) -> tuple[int, int]:

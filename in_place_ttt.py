@@ -17,6 +17,7 @@ magnitude. Options change the write:
     codes    the key k_i that is written and the query that reads are outer products of two learned unit codes of x in place of
              h itself, k_i = a_i (x) b_i, so that q k_i = cos(a_q, a_i) cos(b_q, b_i): both must meet (key map: one learned map)
     write attention    keys and gate also know what attention over the text gathers around a token
+    read attention     queries also know what attention over the question so far gathers
     sparse   the gate has exact zeros, and a token of strength 0 leaves no slot in the memory
     target both        t_i P is the sum of such a term from the token embeddings and one from x
 
@@ -26,12 +27,12 @@ The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from fast_weight import FastWeight, TTTConfig, chunk_of, fit
+from fast_weight import FastWeight, Slots, TTTConfig, chunk_of, distance_bias, fit, write_bias
 from memory import LayerMemory, Memory, leading, pick_columns
 
 class TTTMLP(nn.Module):
@@ -162,18 +163,50 @@ def check_memory(memory: Memory, owner: InPlaceTTT) -> None:
 
 
 class Reader:
-    """Adds a finished memory's share to each TTT layer's output."""
+    """Adds a finished memory's share to each TTT layer's output (see InPlaceTTT.read).
+
+    With read attention a question's tokens also look back at each other: all that is read in one context is the question,
+    and each of its forward calls is announced with `expect`.
+    """
 
     def __init__(self, owner: InPlaceTTT, memory: Memory, watch_BL: torch.Tensor | None = None):
         check_memory(memory, owner)
         self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
         self.queries: dict[int, torch.Tensor] = {}
+        self._seen: dict[int, tuple] = {}  # the read attention's keys and values by layer
+        self._real_BT = self._bias_BHLT = None
+
+    def expect(self, mask_BL: torch.Tensor, position_BL: torch.Tensor | None = None, visible_BLL: torch.Tensor | None = None) -> None:
+        """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L].
+
+        position and visible are for packed rows, read in one call: each token's place in its question, and what it may look at.
+        """
+        if not self.owner.config.read_attention:
+            return
+        before = 0 if self._real_BT is None else self._real_BT.shape[1]
+        self._real_BT = mask_BL.bool() if before == 0 else torch.cat([self._real_BT, mask_BL.bool()], 1)
+        position_BT = self._real_BT.cumsum(1) if position_BL is None else position_BL
+        if visible_BLL is None:
+            order = torch.arange(self._real_BT.shape[1], device=mask_BL.device)
+            visible_BLL = self._real_BT[:, None, :] & (order[None, :] <= order[before:, None])
+        own_LT = torch.eye(position_BT.shape[1], dtype=torch.bool, device=mask_BL.device)[before:]  # for pads: something to look at
+        dtype = self.owner.down_proj(self.owner.config.layers[0]).weight.dtype
+        self._bias_BHLT = distance_bias(position_BT[:, before:], position_BT, visible_BLL | own_LT, self.owner.config.read_attention, dtype)
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
         fast = self.owner.fast[str(index)]
+        query_BLF = self._informed(index, fast, x_BLD, h_BLF) if self.owner.config.read_attention else fast.query(x_BLD, h_BLF)
         if self.watch_BL is not None:
-            self.queries[index] = fast.query(x_BLD[self.watch_BL], h_BLF[self.watch_BL])
-        return fast.read(self.memory.layers[index], x_BLD, h_BLF)
+            self.queries[index] = query_BLF[self.watch_BL]
+        return self.memory.layers[index].read(query_BLF) * fast.openness(x_BLD)
+
+    def _informed(self, index: int, fast: FastWeight, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
+        seen = self._seen.get(index)
+        length = x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
+        if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
+            raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
+        query_BLF, self._seen[index] = fast.informed_query(x_BLD, h_BLF, self._bias_BHLT, seen)
+        return query_BLF
 
 
 @dataclass
@@ -296,9 +329,26 @@ class Writer:
         update = LayerMemory.factored(slots.keys, value_BSD)
         return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
+    def _all_slots(self) -> dict[int, Slots]:
+        """The slots of every layer's held tokens, all layers in one batched pass: the layers differ in their numbers only."""
+        fasts = [self.owner.fast[str(index)] for index in self.pending]
+        helds = list(self.pending.values())
+        bias_BHSS = write_bias(helds[0], self.owner.config)  # of the tokens, so alike in all layers
+        tensors = [dict(fast.named_parameters()) | dict(fast.named_buffers()) for fast in fasts]
+        numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
+
+        def slots(numbers, source, x, h):
+            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], source=source, x=x, h=h), bias_BHSS))
+            return (made.keys, made.contents, made.weights) + ((made.worth,) if self.owner.config.gate else ())
+
+        # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
+        outputs = torch.vmap(slots, chunk_size=None if self.differentiable else 1)(
+            numbers, *(torch.stack([getattr(held, name) for held in helds]) for name in ("source", "x", "h")))
+        return {index: Slots(*(t[i] for t in outputs)) for i, index in enumerate(self.pending)}
+
     def _flush(self, group: int) -> dict[int, LayerMemory]:
         """What the tokens still held add to each layer."""
-        slots = {index: self.owner.fast[str(index)].slots(held) for index, held in self.pending.items()}
+        slots = self._all_slots()
         self.worth = {index: s.worth for index, s in slots.items()} if self.differentiable else {}
         weights = {index: slots[index].weights * held.fresh for index, held in self.pending.items()}
         updates = {index: LayerMemory.factored(s.keys, s.contents) for index, s in slots.items()}

@@ -78,13 +78,15 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
     asks = torch.zeros_like(packed.labels, dtype=torch.bool)  # the positions that predict an answer token
     asks[:, :-1] = packed.labels[:, 1:] != IGNORE
     with ttt.read(memory, watch_BL=asks if ttt.config.codes else None) as reader:
+        reader.expect(torch.ones_like(packed.ids), packed.position, packed.question)
         answered = answer_loss(loaded, packed)
     loss, measures = answered.loss, {}
     if ttt.config.codes:
         worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
         aids = {"address": address_loss(memory, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, measures),
-                "worth": worth_loss(writer.worth, worth, mask, measures),
-                "calm": calm_loss(loaded, ttt, memory, batch.calm, device)}
+                "worth": worth_loss(writer.worth, worth, mask, measures)}
+        if batch.calm:
+            aids["calm"] = calm_loss(loaded, ttt, memory, batch.calm, device)
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
     return Step(loss, answered.labels, answered.right, answered.tokens + ids.numel(), memory, measures)
@@ -129,7 +131,8 @@ def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[i
     logs = lambda: log_softmax(head(decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]).float(), -1)
     with torch.no_grad():
         without = logs()
-    with ttt.read(memory.select(list(range(len(rows))))):
+    with ttt.read(memory.select(list(range(len(rows))))) as reader:
+        reader.expect(mask)
         attached = logs()
     return kl_div(attached, without, reduction="batchmean", log_target=True)
 

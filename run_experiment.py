@@ -167,8 +167,8 @@ def read_prompt(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, 
         _, past = prefill(model, [head] * len(shown), tokenizer.pad_token_id)
         memory, past = write_rows(model, ttt, shown, tokenizer.pad_token_id, past=past)
     else:
-        with reading(ttt, memory):
-            _, past = prefill(model, [head + ids for ids in shown], tokenizer.pad_token_id)
+        with reading(ttt, memory) as session:
+            _, past = prefill(model, [head + ids for ids in shown], tokenizer.pad_token_id, session=session)
     return past, memory, [len(head) + len(ids) for ids in shown]
 
 
@@ -187,9 +187,9 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts) -> li
     # every sample asks `width` questions; one with fewer repeats its last, and the repeats are dropped
     asked = [probes + [probes[-1]] * (job.width - len(probes)) for probes in job.probes]
     tails = [texts.asked(lang, probe["question"]) for probes in asked for probe in probes]
-    with reading(ttt, memory):
-        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(job.width))
-        predictions = greedy(model, tokenizer, logits, past, MAX_NEW_TOKENS)
+    with reading(ttt, memory) as session:
+        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(job.width), session)
+        predictions = greedy(model, tokenizer, logits, past, MAX_NEW_TOKENS, session)
     norms = memory.update_norm().tolist() if memory else None
     rows = []
     for i, (sample, probes) in enumerate(zip(job.samples, job.probes)):

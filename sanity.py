@@ -88,10 +88,12 @@ def ask(setup: Setup, memory: Memory | None, samples: list[dict], new_tokens: in
     head = prompts.head_ids(tokenizer, lang, with_text=False)
     tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for s in samples for probe in s["probes"][:QUESTIONS]]
     check_window(model, len(head) + max(map(len, tails)) + NEW_TOKENS, samples[0]["sample_id"])
-    with setup.ttt.read(memory) if memory else contextlib.nullcontext():
-        _, past = prefill(model, [head] * len(samples), tokenizer.pad_token_id)
-        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(QUESTIONS))
-        return greedy(model, tokenizer, logits, past, new_tokens), logits
+    reading = lambda: setup.ttt.read(memory) if memory else contextlib.nullcontext()
+    with reading() as session:
+        _, past = prefill(model, [head] * len(samples), tokenizer.pad_token_id, session=session)
+    with reading() as session:
+        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(QUESTIONS), session)
+        return greedy(model, tokenizer, logits, past, new_tokens, session), logits
 
 
 def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tensor:
@@ -195,11 +197,11 @@ def reading_does_not_write(setup: Setup) -> Outcome:
     memory, tokenizer = write(setup, setup.texts[:1]), setup.loaded.tokenizer
     digest = memory.digest()
     head = prompts.head_ids(tokenizer, setup.samples[0]["lang"], with_text=False)
-    with setup.ttt.read(memory):
-        logits, past = prefill(setup.loaded.model, [head + setup.texts[0]], tokenizer.pad_token_id)
+    with setup.ttt.read(memory) as session:
+        logits, past = prefill(setup.loaded.model, [head + setup.texts[0]], tokenizer.pad_token_id, session=session)
         for _ in range(READ_TOKENS):  # not greedy(): it would stop at the end of the line
             chosen = logits.argmax(-1, keepdim=True)
-            logits, past = forward(setup.loaded.model, chosen, torch.ones_like(chosen), past)
+            logits, past = forward(setup.loaded.model, chosen, torch.ones_like(chosen), past, session)
     return at_most([memory.digest() != digest], 0, f"digests changed by reading {past.mask.shape[1]} tokens:")
 
 

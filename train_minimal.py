@@ -141,6 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--ridge", type=float, help="where ridge's learned lambda starts (default: the row)")
     arm.add_argument("--key-map", type=int, help="rank of learned maps to keys and queries, 0 for none (default: the row)")
     arm.add_argument("--write-attention", type=int, help="heads of attention over the written text, 0 for none (default: the row)")
+    arm.add_argument("--read-attention", type=int, help="heads of attention over the question, 0 for none (default: the row)")
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     arm.add_argument("--unit-keys", action=argparse.BooleanOptionalAction, help="keys on the unit sphere (default: the row)")
@@ -188,7 +189,7 @@ def ttt_config(arguments, row):
         raise UserError(f"--chunk {chunk}: give a number of tokens, or whole")
     config = override_ttt(row.ttt, layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
                           init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
-                          key_map=arguments.key_map, write_attention=arguments.write_attention,
+                          key_map=arguments.key_map, write_attention=arguments.write_attention, read_attention=arguments.read_attention,
                           **{name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in SWITCHES}, unit_keys=arguments.unit_keys,
                           unit_targets=arguments.unit_targets, gate=arguments.gate,
                           chunk=int(chunk) if chunk and chunk != "whole" else None)

@@ -16,6 +16,7 @@ from manifests import UserError, file_sha256
 IGNORE = -100           # label of a position that carries no loss
 NOWHERE = -1            # address of an answer token that stands nowhere in the text (the line break that ends the answer)
 PROSE_TOKENS = (80, 280)    # a row of unrelated prose beside the conversations of a merged memory
+CALM_EVERY = 4          # every fourth update reads unrelated prose with a memory attached
 CALM_TOKENS = 48        # a row of unrelated prose that is read with a memory attached
 PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation
 PROSE_MOST = 2          # passages, at most
@@ -65,7 +66,7 @@ class BankDataset(Dataset):
         if group > 1:
             for first in range(0, self.conversations, 2 * group):
                 examples[first + rng.randrange(group)] = self.prose(rng, self.langs[first // group % len(self.langs)])
-        calm = [] if self.shown else [self.passage(rng, self.langs[i % len(self.langs)], CALM_TOKENS)
+        calm = [] if self.shown or update % CALM_EVERY else [self.passage(rng, self.langs[i % len(self.langs)], CALM_TOKENS)
                                       for i in range(max(1, self.conversations // 4))]
         return Batch(examples, group, calm)
 
@@ -235,11 +236,15 @@ def batches(dataset: Dataset, workers: int, start: int = 0):
 
 @dataclass(frozen=True)
 class Packed:
-    """Prompts with all their questions in one row each: ids, positions [B, T], mask [B, T, T], labels and addresses [B, T]."""
+    """Prompts with all their questions in one row each: ids, positions [B, T], mask [B, T, T], labels and addresses [B, T].
+
+    question [B, T, T]: of what the mask lets a token see, that which stands in its own question (or, for the prefix, in it).
+    """
 
     ids: torch.Tensor
     position: torch.Tensor
     mask: torch.Tensor
+    question: torch.Tensor
     labels: torch.Tensor
     addresses: torch.Tensor
 
@@ -256,8 +261,8 @@ def pack(examples: list[Example], pad_id: int, device) -> Packed:
     ids, labels, segment, position, addresses = column(0, pad_id), column(1, IGNORE), column(2, -1), column(3, 0), column(4, IGNORE)
     same = segment[:, :, None] == segment[:, None, :]
     order = torch.arange(width, device=device)
-    mask = (same | (segment[:, None, :] == 0)) & (order[:, None] >= order[None, :])
-    return Packed(ids, position, mask, labels, addresses)
+    causal = order[:, None] >= order[None, :]
+    return Packed(ids, position, (same | (segment[:, None, :] == 0)) & causal, same & causal, labels, addresses)
 
 
 def pack_row(example: Example):

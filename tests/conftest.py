@@ -49,7 +49,8 @@ def strengthen(ttt, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in ttt.fast.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (noise * (0.1 if name.endswith(("proj", "log_ridge")) else 0.5)).to(parameter)
+        small = name.endswith(("proj", "proj_x", "log_ridge", "gate", "gate_bias"))  # a large sparse gate is shut or wide open: no slope
+        parameter.data = (noise * (0.1 if small else 0.5)).to(parameter)
     return ttt
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import decoding
 from decoding import prefill, write_rows
-from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
+from in_place_ttt import FastWeight, InPlaceTTT, Pending, TTTConfig, TTTMLP
 from memory import Memory, tensors_digest
 
 PAD = 256
@@ -93,27 +93,53 @@ def at_unit_rms(config, x_LD):
     return torch.stack([x / (x @ x / len(x)).sqrt() for x in x_LD]) if config.unit_targets else x_LD
 
 
+def plain_around(fast, config, x_LD, name):
+    """What the write attention gathers beside each token of one chunk, head by head and token by token."""
+    if not config.write_attention or name == "query":
+        return [x_LD.new_zeros(0)] * len(x_LD)
+    q, k, v = (x_LD @ fast.key_attend).reshape(len(x_LD), 3, config.write_attention, 32).permute(1, 2, 0, 3)
+    slopes = [0.1 ** (2 * head / max(1, config.write_attention - 1)) for head in range(config.write_attention)]
+    gathered = []
+    for i in range(len(x_LD)):
+        scores = [[q[head, i] @ k[head, j] / 32 ** 0.5 - slope * abs(i - j) for j in range(len(x_LD))] for head, slope in enumerate(slopes)]
+        gathered.append(torch.cat([torch.stack(row).softmax(0) @ v[head] for head, row in enumerate(scores)]))
+    return gathered
+
+
 def plain_features(fast, config, x_LD, h_LF, name):
-    """Keys or queries, token by token."""
+    """Keys or queries of one chunk, token by token."""
+    if config.codes:
+        x_LD = at_unit_rms(config, x_LD)
+        mapped = [getattr(fast, f"{name}_code").T @ torch.cat([x, z]) + getattr(fast, f"{name}_bias")
+                  for x, z in zip(x_LD, plain_around(fast, config, x_LD, name))]
+        first, _ = fast.sizes
+        return [torch.outer(m[:first] / m[:first].norm(), m[first:] / m[first:].norm()).flatten() for m in mapped]
     if config.key_map:
         mapped = [(getattr(fast, f"{name}_up").T @ (getattr(fast, f"{name}_in").T @ x)).clamp(min=0) ** 2 for x in at_unit_rms(config, x_LD)]
         return [z / z.norm() for z in mapped]
     return [h / h.norm() if config.unit_keys else h for h in h_LF]
 
 
-def plain_chunk(fast, config, source_CD, weight_DF):
+def plain_chunk(fast, config, source_CD, x_CD, weight_DF):
     """(what each token says, how strongly) of one chunk, token by token, tap by tap."""
     contents, strengths = [], []
     unit = weight_DF.norm() / weight_DF.numel() ** 0.5 if config.unit_targets else 1.0
-    source_CD = at_unit_rms(config, source_CD)
-    for i in range(len(source_CD)):
-        target = torch.zeros_like(source_CD[0])
-        for k in range(config.kernel):
-            j = i + k - config.kernel // 2
-            if 0 <= j < len(source_CD):
-                target = target + fast.conv[:, k] * source_CD[j]
-        gate = 2 / (1 + torch.exp(-(source_CD[i] @ fast.gate + fast.gate_bias))) if config.gate else 1.0
-        contents.append(unit * (target @ fast.proj))
+    unit = fast.value_unit if config.calibrated else unit
+    source_CD, x_CD = at_unit_rms(config, source_CD), at_unit_rms(config, x_CD)
+
+    def taps(t_CD, conv, i):
+        near = [(k, i + k - config.kernel // 2) for k in range(config.kernel)]
+        return sum((conv[:, k] * t_CD[j] for k, j in near if 0 <= j < len(t_CD)), torch.zeros_like(t_CD[0]))
+
+    for i, around in enumerate(plain_around(fast, config, x_CD, "key")):
+        content = taps(source_CD, fast.conv, i) @ fast.proj
+        if config.target == "both":
+            content = content + taps(x_CD, fast.conv_x, i) @ fast.proj_x
+        gate = 1.0
+        if config.gate:
+            gate = 1 / (1 + torch.exp(-(torch.cat([x_CD[i], around]) @ fast.gate + fast.gate_bias)))
+            gate = min(max(1.2 * gate - 0.1, gate.new_zeros(1)), gate.new_ones(1)) if config.sparse else 2 * gate
+        contents.append(unit * content)
         strengths.append(config.eta * gate)
     return contents, strengths
 
@@ -129,18 +155,19 @@ def plain_ridge(fast, keys, contents, strengths):
 
 def plain_row(fast, config, source_LD, x_LD, h_LF, weight_DF):
     """(share of the output [L, D], final update [D, F]) of one row without pads."""
-    keys, queries = (plain_features(fast, config, x_LD, h_LF, name) for name in ("key", "query"))
     update, shares = torch.zeros(source_LD.shape[1], h_LF.shape[1], dtype=source_LD.dtype), []
     size = config.chunk or len(h_LF)
     for start in range(0, len(h_LF), size):
-        chunk = range(start, min(start + size, len(h_LF)))
-        shares += [update @ queries[i] for i in chunk]
-        contents, strengths = plain_chunk(fast, config, source_LD[chunk.start:chunk.stop], weight_DF)
+        part = slice(start, min(start + size, len(h_LF)))
+        keys, queries = (plain_features(fast, config, x_LD[part], h_LF[part], name) for name in ("key", "query"))
+        opened = [1 / (1 + torch.exp(-(x @ fast.open + fast.open_bias))) if config.read_gate else 1.0 for x in at_unit_rms(config, x_LD[part])]
+        shares += [gate * (update @ query) for gate, query in zip(opened, queries)]
+        contents, strengths = plain_chunk(fast, config, source_LD[part], x_LD[part], weight_DF)
         if config.rule == "ridge":
             update = update + plain_ridge(fast, keys, contents, strengths)
             continue
-        for i, content, strength in zip(chunk, contents, strengths):
-            update = update + torch.outer(strength * content, keys[i])
+        for key, content, strength in zip(keys, contents, strengths):
+            update = update + torch.outer(strength * content, key)
     return torch.stack(shares), update
 
 
@@ -149,7 +176,10 @@ OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(
            dict(chunk=None, target="input_embed", gate=True), dict(chunk=7, kernel=1), dict(chunk=6, kernel=9),
            dict(chunk=None, rule="ridge", unit_keys=True, gate=True), dict(chunk=4, key_map=3, gate=True),
            dict(chunk=None, rule="ridge", ridge=2.0, key_map=5, unit_targets=True, gate=True, eta=5.0, target="input_embed"),
-           dict(chunk=5, unit_targets=True, gate=True, eta=3.0), dict(chunk=None, unit_targets=True, target="input_embed")]
+           dict(chunk=5, unit_targets=True, gate=True, eta=3.0),
+           dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=True, sparse=True, target="both", blind=True),
+           dict(chunk=6, codes=True, write_attention=3, gate=True, sparse=True, read_gate=True, target="both"),
+           dict(chunk=None, codes=True, write_attention=1, unit_targets=True, calibrated=True, gate=True, sparse=True, rule="ridge"), dict(chunk=None, unit_targets=True, target="input_embed")]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -162,14 +192,14 @@ def test_outputs_and_memory_follow_the_formula(family, options, attach):
     embedded = family.model.get_input_embeddings()(ids)
     for i, spy in spies.items():
         spy.remove()
-        source = spy.x if ttt.config.target == "hidden_states" else embedded
+        source = spy.x if ttt.config.target == "hidden_states" else embedded  # with both, x is beside it
         for b in range(len(rows)):
             real = mask[b].bool()
             share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.x[b, real], spy.h[b, real],
                                       ttt.down_proj(i).weight)
             torch.testing.assert_close(spy.output[b, real] - spy.base_output[b, real], share, atol=1e-12, rtol=1e-9)
             torch.testing.assert_close(memory.layers[i].to_dense().update[b], update, atol=1e-12, rtol=1e-9)
-            assert update.norm() > 1e-3  # there was something to get wrong
+        assert memory.layers[i].norm().max() > 1e-3  # there was something to get wrong
 
 
 def test_reading_adds_exactly_the_update_times_the_key(family, attach):
@@ -187,17 +217,27 @@ def test_reading_adds_exactly_the_update_times_the_key(family, attach):
         torch.testing.assert_close(spy.output, spy.base_output + share, atol=1e-12, rtol=1e-9)
 
 
+def held(x, mask):
+    """Tokens as a writer holds them; h does not matter to values."""
+    return Pending(x, x, torch.zeros(*x.shape[:2], 12, dtype=x.dtype), mask, mask, (mask.cumsum(1) - 1).clamp(min=0))
+
+
+def values_of(fast, x, mask):
+    slots = fast.slots(held(x, mask))
+    return slots.contents * slots.weights[..., None]
+
+
 def test_unit_targets_make_the_size_of_the_update_a_matter_of_the_base_alone():
     """The same text through activations 50 times larger and a W_down 30 times larger: the same share of W_down is written."""
     x = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    position, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool)
+    mask = torch.ones(1, 6, dtype=torch.bool)
     values = {}
     for size, unit in ((1, 0.2), (50, 0.2), (50, 6.0)):
         fast = FastWeight(8, 12, TTTConfig((0,), 4, gate=True, unit_targets=True), torch.Generator(), unit).double()
         generator = torch.Generator().manual_seed(2)
         for parameter in fast.parameters():
             parameter.data.normal_(generator=generator)
-        values[size, unit] = fast.value(size * x, position, mask)
+        values[size, unit] = values_of(fast, size * x, mask)
     torch.testing.assert_close(values[50, 0.2], values[1, 0.2], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(values[50, 6.0], 30 * values[1, 0.2], rtol=1e-9, atol=1e-12)
     assert values[1, 0.2].norm() > 1e-3
@@ -212,8 +252,9 @@ def test_ridge_answers_with_what_was_written_and_a_second_text_adds_only_what_is
     spy = Spy(llama.model.get_decoder().layers[1].mlp)
     _, memory = write_once(llama.model, ttt, ids, mask)
     spy.remove()
-    content = fast.content(spy.x, mask.cumsum(1) - 1, mask.bool())
-    torch.testing.assert_close(memory.layers[1].read(fast.key(spy.x, spy.h)), content, atol=1e-6, rtol=1e-6)
+    slots = fast.slots(Pending(spy.x, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1))
+    content = slots.contents
+    torch.testing.assert_close(memory.layers[1].read(slots.keys), content, atol=1e-6, rtol=1e-6)
     assert content.norm() > 1e-2
     again = write_once(llama.model, ttt, ids, mask, memory=memory)[1]
     # the memory is read while the same text is written, but below the only TTT layer nothing changes, so its x is the same
@@ -237,10 +278,18 @@ def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
 # ---- two forms, any shape ----
 
 OPTION_SETS = st.fixed_dictionaries({
-    "chunk": st.one_of(st.none(), st.integers(1, 30)), "target": st.sampled_from(["hidden_states", "input_embed"]),
+    "chunk": st.one_of(st.none(), st.integers(1, 30)), "target": st.sampled_from(["hidden_states", "input_embed", "both"]),
     "rule": st.sampled_from(["hebbian", "ridge"]), "key_map": st.sampled_from([0, 3]),
-    "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5])
-}).map(lambda options: options | {"chunk": None} if options["rule"] == "ridge" else options)
+    "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5]),
+    "codes": st.booleans(), "write_attention": st.sampled_from([0, 2]), "sparse": st.booleans(), "read_gate": st.booleans()
+}).map(lambda options: possible(options))
+
+
+def possible(options):
+    """The drawn options without combinations that a config refuses."""
+    options = options | {"chunk": None} if options["rule"] == "ridge" else options
+    options = options | ({"key_map": 0} if options["codes"] else {"write_attention": 0})
+    return options if options["gate"] else options | {"sparse": False}
 
 
 def both_forms(loaded, options, lengths, layout, layers=(0, 2)):
@@ -338,10 +387,10 @@ def test_the_conv_never_crosses_a_chunk_border(chunk, reaches_over):
     fast.conv.data.normal_(generator=torch.Generator().manual_seed(0))
     fast.proj.data.copy_(torch.eye(8))
     x = torch.randn(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    position, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
-    before = fast.value(x, position, mask)
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    before = values_of(fast, x, mask)
     x[:, 4] += 1.0  # the first token of the second chunk of four
-    changed = ((fast.value(x, position, mask) - before).abs().amax((0, 2)) > 1e-9).tolist()
+    changed = ((values_of(fast, x, mask) - before).abs().amax((0, 2)) > 1e-9).tolist()
     assert changed == [False, False, reaches_over, reaches_over, True, True, True, False]
 
 
@@ -349,7 +398,7 @@ def test_pads_have_no_value_and_do_not_part_their_neighbours():
     fast = FastWeight(8, 12, TTTConfig((0,), None, init="shift", gate=True), torch.Generator()).double()
     x = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[False, True, True, False, False, True]])
-    value = fast.value(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
+    value = values_of(fast, x, mask)
     assert value[~mask].abs().max() == 0
     torch.testing.assert_close(value[0, [1, 2]], 0.1 * x[0, [2, 5]])  # shift: each token writes the next token's state
     assert value[0, 5].abs().max() == 0
@@ -506,7 +555,8 @@ def recall_loss(loaded, ttt, rows, questions, through):
     with torch.set_grad_enabled(through == "grad"), ttt.write(differentiable=True) as writer:
         writer.expect(mask)
         run(loaded.model, ids, mask)
-    with ttt.read(writer.memory()):
+    with ttt.read(writer.memory()) as reader:
+        reader.expect(batch_of(questions)[1])
         logits = run(loaded.model, *batch_of(questions))
     return torch.nn.functional.cross_entropy(logits[:, -1], torch.tensor([3, 7]))
 
@@ -514,6 +564,8 @@ def recall_loss(loaded, ttt, rows, questions, through):
 @torch.enable_grad()
 @pytest.mark.parametrize("options,through", [(dict(chunk=None, rule="ridge", key_map=4, unit_targets=True, gate=True), "no_grad"),
                                              (dict(chunk=None, unit_keys=True, gate=True), "no_grad"),
+                                             (dict(chunk=None, codes=True, write_attention=2, read_attention=1, unit_targets=True, gate=True,
+                                                   sparse=True, target="both", blind=True, read_gate=True), "no_grad"),
                                              (dict(chunk=4, gate=True), "grad"), (dict(chunk=None, target="input_embed"), "no_grad")], ids=str)
 def test_gradients_reach_the_adapter_and_only_the_adapter(family, options, through, attach):
     ttt = attach(family, layers=(1, 2), **options)

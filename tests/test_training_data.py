@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import batch_of, strengthen, tiny, token_rows, widen, write_once
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import prompts
 import training_bank
@@ -44,27 +44,37 @@ def random_examples():
 
 # ---- packing ----
 
-@pytest.mark.parametrize("memory", [False, True], ids=["base", "memory"])
+ARMS = {"base": dict(unit_keys=True), "memory": dict(unit_keys=True),
+        "read attention": dict(codes=True, read_attention=2, blind=True, read_gate=True)}
+
+
+@pytest.mark.parametrize("memory", ARMS)
 @pytest.mark.parametrize("reader", READERS)
 def test_packed_prompts_equal_one_prompt_per_question(reader, memory):
-    """The oracle is the library's own forward of each prompt, without a mask and without padding."""
+    """The oracle is the library's own forward of each prompt, without a mask and without padding; with read attention, of its
+    prefix and then its question, as the experiment reads them."""
     loaded, examples = READERS[reader](), random_examples()
-    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig((1, 2), None, unit_keys=True)).double())
+    ttt = strengthen(InPlaceTTT(loaded.model, TTTConfig((1, 2), None, **ARMS[memory])).double())
     try:
         with torch.no_grad():
             _, written = write_once(loaded.model, ttt, *batch_of([e.written for e in examples]))
-            if not memory:
+            if memory == "base":
                 written = written.scale(0.0)
             seen = []
             hook = loaded.model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
-            with ttt.read(written):
-                step = answer_loss(loaded, examples, torch.device("cpu"))
+            packed = pack(examples, TOKENIZER.pad_token_id, "cpu")
+            with ttt.read(written) as session:
+                session.expect(torch.ones_like(packed.ids), packed.position, packed.question)
+                step = answer_loss(loaded, packed)
             hook.remove()
             logits, wanted = [], []
             for i, example in enumerate(examples):
                 for question, answer in example.pairs:
-                    with ttt.read(written.select([i])):
-                        out = loaded.model(input_ids=torch.tensor([example.prefix + question + answer]), use_cache=False).logits[0]
+                    out, past = [], DynamicCache()
+                    for part in (example.prefix, question + answer):
+                        with ttt.read(written.select([i])) as session:
+                            session.expect(torch.ones(1, len(part)))
+                            out = loaded.model(input_ids=torch.tensor([part]), past_key_values=past, use_cache=True).logits[0]
                     logits.append(out[-len(answer) - 1:-1])
                     wanted += answer
         logits, wanted = torch.cat(logits), torch.tensor(wanted)
@@ -85,7 +95,7 @@ def test_the_narrow_window_of_the_packing_test_does_cut():
 
 
 def test_labels_stand_exactly_on_the_answers():
-    examples = BankDataset(TOKENIZER, ("en", "zh"), 1, 4, 5, 0, shown=False)[0]
+    examples = BankDataset(TOKENIZER, ("en", "zh"), 1, 4, 5, 0, shown=False)[0].examples
     packed = pack(examples, TOKENIZER.pad_token_id, "cpu")
     for example, ids, labels in zip(examples, packed.ids.tolist(), packed.labels.tolist()):
         marked = [(i, label) for i, label in enumerate(labels) if label != IGNORE]
