@@ -19,7 +19,7 @@ from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from model_utils import Loaded, find_row, load_model, pick_device
 from objectives import recall_step
-from training_data import Example
+from training_data import Batch, Example
 
 CONVERSATIONS, TEXT_TOKENS, PROBES, NEW_TOKENS = 32, 140, 8, 32  # the public attempt's lengths
 
@@ -47,7 +47,7 @@ def stages(loaded: Loaded, ttt: InPlaceTTT):
     texts = random_rows(CONVERSATIONS, TEXT_TOKENS, generator)
     head, tails = random_rows(1, 60, generator)[0], random_rows(CONVERSATIONS * PROBES, 20, generator)
     pad, state = loaded.tokenizer.pad_token_id, {}
-    examples = [Example(text, head, [(tails[i * PROBES + j], tails[j][:6]) for j in range(2)]) for i, text in enumerate(texts[:8])]
+    batch = Batch([Example(text, head, [(tails[i * PROBES + j], tails[j][:6]) for j in range(2)]) for i, text in enumerate(texts[:8])])
 
     @torch.inference_mode()
     def write():
@@ -63,7 +63,7 @@ def stages(loaded: Loaded, ttt: InPlaceTTT):
 
     def train():
         optimizer = torch.optim.AdamW(ttt.parameters(), lr=1e-6)
-        recall_step(loaded, ttt, examples, loaded.device).loss.backward()
+        recall_step(loaded, ttt, batch, loaded.device).loss.backward()
         optimizer.step()
         ttt.zero_grad(set_to_none=True)
 
@@ -75,6 +75,7 @@ def stages(loaded: Loaded, ttt: InPlaceTTT):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-8b", help="a row with a known architecture (default: %(default)s)")
+    parser.add_argument("--form", default="codes", choices=("codes", "plain"), help="which of the row's settings (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--out", default="results/exercise", help="folder of the result (default: %(default)s)")
@@ -84,7 +85,7 @@ def main() -> None:
     loaded, seconds, peak = clock(device, lambda: load_model(arguments.model, device, dtype, random_weights=True))
     table = [("load", seconds, peak)]
     try:
-        ttt = InPlaceTTT(loaded.model, row.ttt)
+        ttt = InPlaceTTT(loaded.model, getattr(row, arguments.form))
     except ValueError as error:
         raise UserError(str(error)) from error
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
@@ -92,18 +93,18 @@ def main() -> None:
     for name, function in steps:
         function()  # warm-up
         table.append((name, *clock(device, function)[1:]))
-    report(arguments, loaded, state, table, reason)
+    report(arguments, loaded, ttt.config, state, table, reason)
 
 
-def report(arguments, loaded: Loaded, state, table, reason: str) -> None:
+def report(arguments, loaded: Loaded, config, state, table, reason: str) -> None:
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    print(f"{loaded.row.name}: {parameters / 1e9:.2f}B parameters, random weights, {reason}; TTT layers {list(loaded.row.ttt.layers)}")
+    print(f"{loaded.row.name}: {parameters / 1e9:.2f}B parameters, random weights, {reason}; TTT layers {list(config.layers)}")
     for name, seconds, peak in table:
         print(f"  {name:55s} {seconds:9.3f} s   peak {'-' if peak is None else f'{peak:.1f} GB'}")
     per_memory = state["memory"].nbytes() / CONVERSATIONS
     print(f"  memory of one conversation: {per_memory / 1e6:.2f} MB\n  not scored: the weights are random")
     write_json(Path(arguments.out) / f"{loaded.row.name}.json", {
-        "model": loaded.row.name, "weights": "random", "scored": False, "parameters": parameters, "ttt": loaded.row.ttt.to_dict(),
+        "model": loaded.row.name, "weights": "random", "scored": False, "parameters": parameters, "ttt": config.to_dict(),
         "stages": [{"stage": n, "seconds": round(s, 4), "peak_gb": p and round(p, 2)} for n, s, p in table],
         "bytes_per_memory": int(per_memory), "device": reason, **provenance()})
 

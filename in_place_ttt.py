@@ -375,13 +375,13 @@ class Writer:
         for b in range(new.x.shape[0]):
             real = new.real[b].nonzero()[:, 0]
             row = Pending(*(t[b:b + 1, real] for t in new.fields()))
-            query_LF, open_L1 = fast.query(row.x[0], row.h[0]), fast.openness(row.x[0])
-            update_DF = before.update[b] if before else fast.conv.new_zeros(row.x.shape[2], query_LF.shape[1])
+            update_DF = before.update[b] if before else fast.conv.new_zeros(row.x.shape[2], row.h.shape[2])
             share_LD = torch.zeros(new.x.shape[1], row.x.shape[2], dtype=update_DF.dtype, device=row.x.device)
             for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
-                if not self.owner.config.blind:
-                    share_LD[real[tokens]] = (query_LF.to(update_DF.dtype) @ update_DF.T * open_L1)[tokens]
                 chunk = Pending(*(t[:, tokens] for t in row.fields()))
+                if not self.owner.config.blind:
+                    query_LF = fast.query(chunk.x[0], chunk.h[0]).to(update_DF.dtype)
+                    share_LD[real[tokens]] = query_LF @ update_DF.T * fast.openness(chunk.x[0])
                 update_DF = update_DF + fast.chunk_update(chunk, update_DF)
             rows.append(share_LD)
             updates.append(update_DF)

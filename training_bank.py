@@ -76,7 +76,8 @@ def sample_conversation(rng, lang="en", split="train", n_facts=None, n_prose=0):
     text, spans = talk.render()
     facts = sorted(plan.facts, key=lambda fact: spans[id(fact)])
     ids = {id(fact): f"f{number}" for number, fact in enumerate(facts, 1)}
-    joined = plan.joined_questions()
+    joined = [(question, gold, [one, two]) for question, gold, (one, two) in plan.joined_questions()
+              if needs_both(text, spans[id(one)], spans[id(two)], gold)]
     sample = {"sample_id": f"L{2 if joined else 1}-{rng.randrange(10**6):06d}-{lang}", "level": 2 if joined else 1,
               "lang": lang, "skeleton_id": "bank", "conversation": text}
     sample["facts"] = [{"fact_id": ids[id(f)], "fact_text": bank.state(f), "category": f.relation["category"],
@@ -88,6 +89,11 @@ def sample_conversation(rng, lang="en", split="train", n_facts=None, n_prose=0):
         for number, (question, gold, needed) in enumerate(asked, 1)]
     sample["distractor"] = None
     return sample
+
+
+def needs_both(text, first, second, gold):
+    """Whether the answer stands nowhere in the stretch that states the first fact (facts told in one breath aside)."""
+    return first == second or gold.casefold() not in text[slice(*first)].casefold()
 
 
 def templates(lang):

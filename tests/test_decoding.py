@@ -231,7 +231,7 @@ class Script:
         return torch.nn.functional.one_hot(torch.tensor(wanted), 260).double()
 
     def answers(self, tokenizer, monkeypatch, n=20):
-        monkeypatch.setattr(decoding, "forward", lambda model, ids, mask, past: (self.logits(), past))
+        monkeypatch.setattr(decoding, "forward", lambda model, ids, mask, past, session: (self.logits(), past))
         return greedy(None, tokenizer, self.logits(), Past(None, torch.ones(len(self.rows), 1)), n)
 
 

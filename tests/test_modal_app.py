@@ -264,7 +264,7 @@ def on_this_machine(tmp_path, monkeypatch):
 
 def test_full_pipeline_through_local(on_this_machine, monkeypatch, capsys):
     real = modal_app.train_command  # with fewer conversations an update than the script's own 32, which the pipeline leaves alone
-    monkeypatch.setattr(modal_app, "train_command", lambda *arguments: [*real(*arguments), "--conversations", 2])
+    monkeypatch.setattr(modal_app, "train_command", lambda *arguments: [*real(*arguments), "--conversations", 2, "--groups", "1,2", "--form", "plain"])
     monkeypatch.setattr(modal_app, "smoke", SimpleNamespace(local=lambda *arguments: record("smoke")))
     modal_app.full_pipeline(model="tiny-llama", updates=1, limit=1, conditions="B_memory,C_nothing", langs="en")
     results = on_this_machine / "results"

@@ -43,7 +43,7 @@ def test_tiny_rows_cover_the_families_and_every_row_has_known_languages():
 def test_layers_of_every_row_with_an_architecture_exist():
     for row in MODELS.values():
         if row.config is not None:
-            assert max(row.ttt.layers) < row.config.num_hidden_layers and min(row.ttt.layers) >= 0, row.name
+            assert max(row.codes.layers) < row.config.num_hidden_layers and min(row.codes.layers) >= 0, row.name
 
 
 def test_the_table_is_listed_without_a_network_or_a_model(monkeypatch, capsys):
@@ -134,7 +134,7 @@ def test_a_local_folder_is_a_model(tmp_path):
     ids, mask = batch_of(token_rows((9, 4)))
     with torch.no_grad():
         assert torch.equal(run(again.model, ids, mask), run(loaded.model, ids, mask))
-    assert again.row.ttt.layers == (0,) and again.sha256 == load_model(str(tmp_path)).sha256
+    assert again.row.codes.layers == (0,) and again.sha256 == load_model(str(tmp_path)).sha256
     assert again.tokenizer.pad_token_id == loaded.tokenizer.pad_token_id
 
 
@@ -183,7 +183,7 @@ def test_the_embedded_model_knows_the_capital_of_france():
         best = loaded.model(input_ids=ids).logits[0, -1].argmax()
     assert loaded.tokenizer.decode([best]).strip() == "Paris"
     assert loaded.sha256 == row.gguf.sha256 and loaded.model.dtype == torch.float32
-    assert max(row.ttt.layers) == loaded.model.config.num_hidden_layers - 1
+    assert max(row.codes.layers) == loaded.model.config.num_hidden_layers - 1
 
 
 # ---- device, layers, settings ----
@@ -216,11 +216,11 @@ def test_layers_that_are_none_are_refused(text):
 
 
 def test_settings_are_replaced_or_refused():
-    config = override_ttt(MODELS["tiny-llama"].ttt, chunk=8, layers=(0,), eta=None)
+    config = override_ttt(MODELS["tiny-llama"].plain, chunk=8, layers=(0,), eta=None)
     assert (config.chunk, config.layers, config.eta, config.gate) == (8, (0,), 1.0, True)
     for changes, named in ((dict(chunk=0), "chunk is 0"), (dict(layers=(1, 1)), "twice"), (dict(target="x"), "target")):
         with pytest.raises(UserError, match=named):
-            override_ttt(MODELS["tiny-llama"].ttt, **changes)
+            override_ttt(MODELS["tiny-llama"].plain, **changes)
 
 
 # ---- adapters on disk ----

@@ -363,7 +363,7 @@ def test_answers_do_not_depend_on_the_batch_size(kit, call, name, tmp_path):
               "--conditions", ",".join(MIXED), "--dtype", "float32")
     assert call(command(tmp_path / "one", *common, "--batch-size", 1))[0] == call(command(tmp_path / "many", *common, "--batch-size", 16))[0] == 0
     one, many = (by_probe(read_rows(tmp_path / folder)) for folder in ("one", "many"))
-    assert set(one) == set(many) and len({r["prediction"] for r in one.values()}) > 10
+    assert set(one) == set(many) and len({r["prediction"] for r in one.values()}) > 8
     for key, row in one.items():
         close = {"update_norm": pytest.approx(row["update_norm"], rel=1e-3) if row["update_norm"] is not None else None}
         assert many[key] == row | close, key

@@ -22,11 +22,12 @@ from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import read_manifest, run_script
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
-from training_data import Example
+from training_data import Batch, Example
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 LOG_FIELDS = {"update", "loss", "token_accuracy", "grad_norm", "update_norm", "tokens_per_s", "lr", "seconds"}
+AID_FIELDS = {"answers", "address", "worth", "found", "gate_recall", "gate_precision"}  # of an arm with codes
 
 
 def conversations(count=4):
@@ -34,8 +35,8 @@ def conversations(count=4):
     questions, head = token_rows((5, 5), seed=8), token_rows((6,), seed=9)[0]
     answers = [token_rows((2, 2), seed=100 + i) for i in range(count)]
     noise = token_rows([4 + i for i in range(count)], seed=20)
-    return [Example([t for q, a in zip(questions, mine) for t in q + a] + noise[i], head, list(zip(questions, mine)))
-            for i, mine in enumerate(answers)]
+    return Batch([Example([t for q, a in zip(questions, mine) for t in q + a] + noise[i], head, list(zip(questions, mine)))
+                  for i, mine in enumerate(answers)])
 
 
 @pytest.fixture
@@ -71,7 +72,8 @@ def test_recall_learns_to_answer_from_its_own_conversation(name, options, attach
         optimizer.step()
         optimizer.zero_grad()
         losses.append(step.loss.item())
-    swapped = [replace(example, written=batch[(i + 1) % len(batch)].written) for i, example in enumerate(batch)]
+    examples = batch.examples
+    swapped = Batch([replace(example, written=examples[(i + 1) % len(examples)].written) for i, example in enumerate(examples)])
     with torch.no_grad():
         other = recall_step(loaded, ttt, swapped, CPU)
     assert step.labels == 16 and losses[-1] < losses[0] - 0.25 and losses[-1] < other.loss.item() - 0.25
@@ -120,7 +122,7 @@ def test_without_what_was_written_conv_and_projection_get_no_gradient(name, atta
     assert all(p.grad.abs().max() > 0 for p in ttt.parameters())
     ttt.zero_grad()
     memory = in_place_ttt.Writer.memory
-    monkeypatch.setattr(in_place_ttt.Writer, "memory", lambda self: memory(self).scale(0.0))
+    monkeypatch.setattr(in_place_ttt.Writer, "memory", lambda self, group: memory(self, group).scale(0.0))
     recall_step(loaded, ttt, conversations(), CPU).loss.backward()
     assert all(not p.grad.any() for p in ttt.parameters())
 
@@ -137,7 +139,7 @@ def test_the_next_token_objective_on_one_chunk_has_nothing_to_learn_from(attache
 
 def command(out, *more, model="tiny-llama", objective="recall", updates=4):
     return ["train_minimal.py", "--model", model, "--objective", objective, "--arm", "a", "--out", str(out), "--updates", str(updates),
-            "--conversations", "1", "--probes", "2", "--warmup", "1", "--workers", "0", "--device", "cpu", *map(str, more)]
+            "--conversations", "1", "--groups", "1", "--probes", "2", "--warmup", "1", "--workers", "0", "--device", "cpu", *map(str, more)]
 
 
 @pytest.fixture
@@ -166,12 +168,13 @@ def test_a_trained_arm_has_a_log_a_manifest_and_an_adapter_that_loads(name, tmp_
     assert code == 0 and "the base is unchanged" in out and "run_experiment.py" in out
     assert [row["update"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert set(row) == LOG_FIELDS and all(math.isfinite(v) for v in row.values())
+        assert set(row) == LOG_FIELDS | AID_FIELDS | ({"calm"} if row["update"] % 4 == 1 else set())
+        assert all(math.isfinite(v) for value in row.values() for v in (value if isinstance(value, list) else [value]))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["update_norm"] > 0 and row["tokens_per_s"] > 0 and 0 <= row["token_accuracy"] <= 1
     assert manifest["updates"] == 4 and manifest["objective"] == "recall" and manifest["frozen"] is True and manifest["model"] == name
     loaded = load_model(name)
     ttt, _ = load_adapter(tmp_path / "a", loaded)
-    assert manifest["model_sha256"] == loaded.sha256 and manifest["ttt"] == loaded.row.ttt.to_dict()
+    assert manifest["model_sha256"] == loaded.sha256 and manifest["ttt"] == loaded.row.codes.to_dict()
     fresh = InPlaceTTT(load_model(name).model, ttt.config, manifest["seed"])
     assert any((p - q).abs().max() > 1e-4 for p, q in zip(ttt.parameters(), fresh.parameters()))
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.safetensors", "manifest.json", "train.jsonl"]
@@ -223,10 +226,10 @@ def test_context_trains_a_lora_and_only_that(tmp_path, call, monkeypatch):
 def test_a_changed_base_is_noticed(objective, touched, tmp_path, call, monkeypatch):
     step = objectives.OBJECTIVES[objective]
 
-    def disturb(loaded, ttt, batch, device):
+    def disturb(loaded, ttt, batch, device, **options):
         name, parameter = next((n, p) for n, p in loaded.model.named_parameters() if touched in n and "lora_" not in n)
         parameter.data.view(-1)[0] += 1e-3
-        return step(loaded, ttt, batch, device)
+        return step(loaded, ttt, batch, device, **options)
 
     monkeypatch.setitem(train_minimal.OBJECTIVES, objective, disturb)
     with pytest.raises(RuntimeError, match="the base changed"):
@@ -240,9 +243,9 @@ def spoil(monkeypatch, change, after=5):
     """From update `after` + 1 on, the recall objective's loss is change(loss, calls so far)."""
     step, calls = objectives.recall_step, []
 
-    def spoiled(*arguments):
+    def spoiled(*arguments, **options):
         calls.append(1)
-        result = step(*arguments)
+        result = step(*arguments, **options)
         return replace(result, loss=change(result.loss, len(calls))) if len(calls) > after else result
 
     monkeypatch.setitem(train_minimal.OBJECTIVES, "recall", spoiled)
@@ -302,11 +305,11 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
 def interrupt_at(monkeypatch, objective, update):
     step, calls = objectives.OBJECTIVES[objective], []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == update:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return step(*arguments, **options)
 
     monkeypatch.setitem(train_minimal.OBJECTIVES, objective, interrupted)
 
@@ -394,7 +397,7 @@ def test_ctrl_c_in_a_terminal_keeps_the_last_checkpoint(tmp_path):
 
 # ---- the reported run ----
 
-@pytest.mark.parametrize("objective, arm", [("recall", "smollm2-recall"), ("lm", "smollm2-lm"), ("context", "smollm2-tuned")])
+@pytest.mark.parametrize("objective, arm", [("recall", "smollm2-codes"), ("lm", "smollm2-lm"), ("context", "smollm2-tuned")])
 def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     """Typing the command of the docs without any option repeats the committed arm; the options it was given change nothing."""
     manifest = json.loads((ROOT / "checkpoints" / arm / "manifest.json").read_text(encoding="utf-8"))
@@ -404,7 +407,8 @@ def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     config = train_minimal.ttt_config(arguments, row)
     assert (arguments.model, arguments.objective, arguments.updates, arguments.seed) == \
         (manifest["model"], manifest["objective"], manifest["updates"], manifest["seed"])
-    assert {name: getattr(arguments, name) for name in manifest["optimizer"]} == manifest["optimizer"]
+    given = {name: getattr(arguments, name, None) for name in manifest["optimizer"]} | {"aids": train_minimal.aid_weights(arguments)}
+    assert {name: given[name] for name in manifest["optimizer"]} == manifest["optimizer"]
     assert (config is None and manifest["ttt"] is None or TTTConfig(**manifest["ttt"]) == config) and row.gguf.sha256 == manifest["model_sha256"]
     assert manifest["lora"] == (None if config else train_minimal.LORA) and manifest["data"] == arguments.data
 

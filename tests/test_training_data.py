@@ -150,17 +150,18 @@ def test_more_updates_do_not_change_the_first_ones():
 
 
 def test_the_prompt_shows_the_conversation_only_when_it_is_asked_to():
-    for hidden, shown in zip(bank()[3], bank(shown=True)[3]):
+    for hidden, shown in zip(bank()[3].examples, bank(shown=True)[3].examples):
         written = TOKENIZER.decode(hidden.written)
-        assert hidden.written == shown.written and hidden.pairs == shown.pairs
+        assert hidden.pairs == shown.pairs and shown.written == []
         assert TOKENIZER.decode(shown.prefix).endswith(written) and written not in TOKENIZER.decode(hidden.prefix)
         assert all(line not in TOKENIZER.decode(hidden.prefix) for line in written.splitlines())
 
 
 def test_questions_and_answers_are_said_in_the_experiments_form():
     rng = random.Random("0/1")
+    rng.choice((1,))  # the size of the memory is drawn before
     sample = training_bank.sample_conversation(rng, "en", "train")
-    example = bank()[1][0]
+    example = bank()[1].examples[0]
     asked = {(prompts.FORMS["en"].question.format(question=p["question"]), f" {p['gold_answer']}\n") for p in sample["probes"]}
     said = [(TOKENIZER.decode(q), TOKENIZER.decode(a)) for q, a in example.pairs]
     assert TOKENIZER.decode(example.written) == sample["conversation"] and set(said) <= asked
@@ -172,7 +173,7 @@ def test_languages_take_turns_and_prose_comes_every_fourth_update():
     is_chinese = lambda example: any("\u4e00" <= c <= "\u9fff" for c in TOKENIZER.decode(example.written))
     prose = {lang: training_bank.passages(lang) for lang in ("en", "zh")}
     for update in range(8):
-        batch = dataset[update]
+        batch = dataset[update].examples
         assert [is_chinese(e) for e in batch] == [False, True, False]
         holds = [any(p in TOKENIZER.decode(e.written) for p in prose["zh" if is_chinese(e) else "en"]) for e in batch]
         assert holds == [update % 4 == 3] * 3
