@@ -209,7 +209,8 @@ def write_text(path, text):
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description="Score runs: report.json, figures, the tables in RESULTS.md and here.",
-                                     epilog="With no arguments: every run under results/.")
+                                     epilog="With no arguments: every run under results/, and then each folder of runs on another test, "
+                                            "such as results/natural, whose name marks a block of RESULTS.md.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (run.json and predictions.jsonl inside); "
                         "default: all under results/")
     group = parser.add_argument_group("where it goes")
@@ -217,6 +218,7 @@ def parse_arguments(arguments):
                        "with --out, RESULTS.md is left alone unless --results-md names it)")
     group.add_argument("--results-md", type=Path, metavar="FILE", help="file whose marked block is rewritten "
                        "(default: RESULTS.md)")
+    group.add_argument("--block", default="report", help="name in that block's marks (default: %(default)s)")
     group.add_argument("--quiet", action="store_true", help="do not print the tables; errors are printed all the same")
     group = parser.add_argument_group("how it is scored")
     group.add_argument("--allow-incomplete", action="store_true", help="score unfinished runs too, marked as partial")
@@ -235,7 +237,7 @@ def evaluate(args):
     out, results_md = args.out or Path("results"), args.results_md
     if results_md is None and args.out is None:
         results_md = Path("RESULTS.md")
-    around = report_tables.around_block(results_md) if results_md else None
+    around = report_tables.around_block(results_md, args.block) if results_md else None
     runs = [load_run(folder, args.allow_incomplete) for folder in find_runs(args.runs)]
     report = build_report(runs, Bootstrap(args.resamples, args.seed))
     curves, notes = load_curves(runs)
@@ -249,10 +251,26 @@ def evaluate(args):
                          + (f"; tables: {results_md}" if results_md else "")]))
 
 
+def shelves():
+    """Folders results/NAME of runs on a test of their own, those whose NAME marks a block of RESULTS.md."""
+    text = Path("RESULTS.md").read_text(encoding="utf-8")
+    folders = sorted({path.parent.parent for path in Path("results").glob("*/*/run.json")})
+    return [folder for folder in folders if report_tables.marks_of(folder.name)[0] in text]
+
+
+def everything(args):
+    """What the arguments name; without any, the benchmark's runs and those of every shelf."""
+    evaluate(args)
+    if not args.runs and args.out is None and args.results_md is None:
+        for shelf in shelves():
+            runs = sorted(str(path.parent) for path in shelf.glob("*/run.json"))
+            evaluate(argparse.Namespace(**vars(args) | {"runs": runs, "out": shelf, "results_md": Path("RESULTS.md"), "block": shelf.name}))
+
+
 def main(arguments=None):
     args = parse_arguments(arguments)
     try:
-        evaluate(args)
+        everything(args)
     except ResultsError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,6 @@
 """The report as tables: the marked block in RESULTS.md and the text on the terminal."""
 from results_files import ResultsError, condition_order, read_text, shown_arms
 
-BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 LEVELS = ("1", "2", "3")
 UNFAIR = "†"  # marks a ratio whose denominator is A_context because A_tuned did not run
@@ -124,11 +123,17 @@ def notes_of(arms):
 
 # --- RESULTS.md -----------------------------------------------------------------------------------------------
 
-def around_block(path):
+def marks_of(block):
+    """The lines between which a block's tables stand."""
+    return f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+
+
+def around_block(path, block="report"):
     """The text before and after the marked block, marks included; both marks stand alone on a line, once, in order."""
-    mend = f"it needs the two lines {BEGIN} and {END}, once each and in this order; the tables go between them"
+    begin, end = marks_of(block)
+    mend = f"it needs the two lines {begin} and {end}, once each and in this order; the tables go between them"
     lines = read_text(path, mend).split("\n")
-    marks = [[number for number, line in enumerate(lines) if line.strip() == mark] for mark in (BEGIN, END)]
+    marks = [[number for number, line in enumerate(lines) if line.strip() == mark] for mark in (begin, end)]
     if [len(found) for found in marks] != [1, 1] or marks[0] > marks[1]:
         raise ResultsError(f"{path}: marks missing, doubled or out of order; {mend}")
     return "\n".join(lines[:marks[0][0] + 1]) + "\n", "\n".join(lines[marks[1][0]:])
