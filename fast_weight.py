@@ -40,6 +40,7 @@ class TTTConfig:
     codes: bool = False               # keys and queries are outer products of two learned codes of x: they meet where both do
     write_attention: int = 0          # heads of attention over the written text that inform keys and gate; 0: none
     read_attention: int = 0           # heads of attention over the question so far that inform its queries; 0: none
+    attend_embeddings: bool = False   # both attentions also gather token embeddings, where a name is alike wherever it stands
     sparse: bool = False              # the gate lies in [0, 1] with exact zeros: a token of strength 0 leaves no slot
     read_gate: bool = False           # learned share in (0, 1) of what is read that a token takes
     calibrated: bool = False          # values in units of the residual stream's RMS at the layer, measured once
@@ -64,6 +65,8 @@ class TTTConfig:
             (self.write_attention > 0 and not self.codes, "write_attention informs the codes; switch codes on"),
             (self.read_attention < 0, f"read_attention is {self.read_attention}; use a number of heads, or 0 for none"),
             (self.read_attention > 0 and not (self.codes and self.blind), "read_attention informs the codes of blind arms; switch codes and blind on"),
+            (self.attend_embeddings and not ((self.write_attention or self.read_attention) and self.target != "hidden_states"),
+             "attend_embeddings adds to an attention what the target is made of; switch an attention on and use target input_embed or both"),
             (self.sparse and not self.gate, "sparse shapes the gate; switch gate on"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
@@ -95,8 +98,8 @@ class FastWeight(nn.Module):
     conv [D, K], proj P [D, D], and with both targets conv_x, proj_x for the MLP's input beside the embeddings; with the gate:
     gate [D + Z], gate_bias [1]; with ridge: log_ridge [1]; with a key map of rank R: key_in and query_in [D, R], key_up and
     query_up [R, F]; with codes of sizes a * b = F: key_code [D + Z, a + b], query_code [D, a + b] and their biases; with the
-    write attention: key_attend [D, 3 Z]; with the read attention: query_attend [D, 3 Z] and query_code is [D + Z, a + b]; with
-    the read gate: open [D], open_bias [1].
+    write attention: key_attend [D, 3 Z]; with the read attention: query_attend [D, 3 Z] and query_code is [D + Z, a + b]; where
+    they gather embeddings: key_named and query_named [D, Z]; with the read gate: open [D], open_bias [1].
     value_unit is the u of in_place_ttt.py: 1, the RMS of the layer's W_down, or (calibrated) a measured number.
     """
 
@@ -114,8 +117,13 @@ class FastWeight(nn.Module):
         draw = lambda rows, columns: torch.randn(rows, columns, generator=generator) / rows ** 0.5
         if config.write_attention:
             self.key_attend = nn.Parameter(draw(hidden_size, 3 * around))
+            if config.attend_embeddings:
+                self.key_named = nn.Parameter(draw(hidden_size, around))
         if config.read_attention:
             self.query_attend = nn.Parameter(draw(hidden_size, 3 * asked))
+            if config.attend_embeddings:  # equal at the start where the heads are: a name is then found by the same name
+                start = self.key_named.detach().clone() if around == asked else draw(hidden_size, asked)
+                self.query_named = nn.Parameter(start)
         if config.gate:
             self.gate = nn.Parameter(torch.zeros(hidden_size + around))
             self.gate_bias = nn.Parameter(torch.full((1,), -1.0 if config.sparse else 0.0))
@@ -159,7 +167,8 @@ class FastWeight(nn.Module):
         informed = x_BSD
         if self.config.write_attention:
             bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
-            q, k, v = heads_of(x_BSD, self.key_attend, held.h.dtype)
+            named = self.scaled(held.source) @ self.key_named if self.config.attend_embeddings else None
+            q, k, v = heads_of(x_BSD, self.key_attend, named, held.h.dtype)
             informed = beside(x_BSD, attention(q, k, v, bias_BHSS))
         strength_BS, worth_BS = self.strength(informed)
         return Slots(self.key(informed, held.h), self.contents(held, x_BSD, chunk_BS), strength_BS * held.real, worth_BS)
@@ -225,13 +234,15 @@ class FastWeight(nn.Module):
         """What a token asks with, [..., F]; x and h as the MLP has them. For arms without read attention."""
         return self._features(self.scaled(x), h, "query")
 
-    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
+    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, embed_BLD: torch.Tensor | None, bias_BHLT: torch.Tensor,
+                       seen: tuple | None):
         """(queries [B, L, F] that also know what attention over the question so far gathers, its keys and values so far).
 
         bias: `distance_bias` from the L new tokens to all T; seen: what the call before returned.
         """
         x_BLD = self.scaled(x_BLD)
-        q, k, v = heads_of(x_BLD, self.query_attend, h_BLF.dtype)
+        named = self.scaled(embed_BLD) @ self.query_named if self.config.attend_embeddings else None
+        q, k, v = heads_of(x_BLD, self.query_attend, named, h_BLF.dtype)
         if seen is not None:
             k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
         informed = beside(x_BLD, attention(q, k, v, bias_BHLT))
@@ -255,9 +266,15 @@ class FastWeight(nn.Module):
         return memory.read(self.query(x, h)) * self.openness(x)
 
 
-def heads_of(x_BSD: torch.Tensor, attend: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Queries, keys and values of the heads, [3, B, H, S, HEAD], in the model's dtype as its own attention has them."""
-    return (x_BSD @ attend).to(dtype).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+def heads_of(x_BSD: torch.Tensor, attend: torch.Tensor, named_BSZ: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Queries, keys and values of the heads, [3, B, H, S, HEAD], in the model's dtype as its own attention has them.
+
+    named: what the embeddings add to the values.
+    """
+    mapped = x_BSD @ attend
+    if named_BSZ is not None:
+        mapped = mapped + pad(named_BSZ, (2 * named_BSZ.shape[-1], 0))
+    return mapped.to(dtype).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
 
 
 def attention(q_BHLE, k_BHTE, v_BHTE, bias_BHLT) -> torch.Tensor:

@@ -28,8 +28,8 @@ BENCHMARK = "benchmark_v1.json"
 # Every module of this folder that a script imports, and the scripts. A module that is not named is not uploaded.
 MODULES = ("bank_talk", "bank_values", "benchmark_checks", "benchmark_dialogue", "benchmark_file", "benchmark_values",
            "build_benchmark", "decoding", "evaluate", "fast_weight", "gguf_packages", "in_place_ttt", "intervals", "manifests", "memory",
-           "model_utils", "objectives", "plots", "prompts", "report_tables", "results_files", "run_experiment", "sanity",
-           "train_minimal", "training_bank", "training_data")
+           "model_utils", "objectives", "plots", "prompts", "report_tables", "results_files", "run_experiment", "sanity", "sessions",
+           "train_minimal", "training_bank", "training_data", "training_state")
 CONDITIONS = "A_context,A_tuned,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 
 # USD a second, as listed on https://modal.com/pricing between July and October 2026. Prices move: look before a long run.

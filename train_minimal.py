@@ -22,32 +22,29 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import prompts
 import training_bank
 from fast_weight import TARGETS
-from in_place_ttt import InPlaceTTT, TTTConfig
+from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
 from objectives import AIDS, OBJECTIVES
 from training_data import BankDataset, TextDataset, batches, load_texts
+from training_state import STATE, identity, keep_log, resume, save_state
 
 UPDATES = {"recall": 679, "lm": 520, "context": 520}  # what fitted into the sessions of the reported runs
 LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-SWITCHES = {"codes": "keys and queries as products of two learned codes", "sparse": "a gate with exact zeros",
+SWITCHES = {"codes": "keys and queries as products of two learned codes", "attend-embeddings": "attentions gather embeddings too",
+            "sparse": "a gate with exact zeros",
             "read-gate": "learned share of what is read", "calibrated": "values in units of the residual stream",
             "blind": "texts are read without the earlier memory while they are written"}
 WINDOW = 25         # updates whose mean loss is compared for divergence
-
-
-STATE = "state.safetensors"  # parameters in float32 and AdamW's moments: what --resume goes on from; not part of a finished arm
 
 
 class Diverged(Exception):
@@ -294,66 +291,6 @@ def base_digest(loaded: Loaded) -> str:
     names = {name.replace(".base_layer", "").replace(".mlp.base.", ".mlp."): p for name, p in loaded.model.named_parameters()
              if "lora_" not in name}
     return tensors_digest(names)
-
-
-def identity(manifest: dict, updates: int) -> dict:
-    """What must be equal for a resumed run to end where an uninterrupted one would."""
-    names = ("model_sha256", "objective", "seed", "ttt", "lora", "langs", "data_sha256", "optimizer")
-    mine = {name: manifest.get(name) for name in names} | {"updates": updates}
-    if mine["ttt"]:  # a manifest from before an option existed means its default
-        mine["ttt"] = TTTConfig(**mine["ttt"]).to_dict()
-    return mine
-
-
-def save_state(folder: Path, trained: dict, optimizer, mine: dict, done: int) -> None:
-    """What the next update needs beside the data, which is a function of (seed, update)."""
-    tensors = {}
-    for name, parameter in trained.items():
-        moments = optimizer.state[parameter]
-        tensors |= {f"{name}/value": parameter.detach(), f"{name}/exp_avg": moments["exp_avg"],
-                    f"{name}/exp_avg_sq": moments["exp_avg_sq"], f"{name}/step": moments["step"]}
-    part = folder / (STATE + ".part")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(part),
-              {"identity": json.dumps(mine), "done": str(done)})
-    os.replace(part, folder / STATE)
-
-
-def resume(folder: Path, mine: dict, trained: dict, optimizer) -> int:
-    """Put the last checkpoint's values and moments in place; returns the updates done, 0 where there is nothing yet.
-
-    Raises UserError when the folder's arm is not the one that the command line describes.
-    """
-    path = folder / STATE
-    if not path.exists():
-        if not (folder / "manifest.json").exists():
-            return 0
-        earlier = read_manifest(folder)
-        check_same(folder, identity(earlier, earlier["updates"]), mine)
-        return earlier["updates"]
-    try:
-        state = safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); remove {folder} and train again") from error
-    with state:
-        check_same(folder, json.loads(state.metadata()["identity"]), mine)
-        for name, parameter in trained.items():
-            parameter.data.copy_(state.get_tensor(f"{name}/value"))
-            moments = {part: state.get_tensor(f"{name}/{part}") for part in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {part: t if part == "step" else t.to(parameter.device) for part, t in moments.items()}
-        return int(state.metadata()["done"])
-
-
-def check_same(folder: Path, earlier: dict, mine: dict) -> None:
-    for name, value in mine.items():
-        if earlier[name] != value:
-            raise UserError(f"{folder}: was trained with another {name.removesuffix('_sha256')}; repeat its command, or name another --arm")
-
-
-def keep_log(path: Path, updates: int) -> list[float]:
-    """Cut the log to the updates that the checkpoint holds; returns their losses."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:updates] if updates else []
-    path.write_text("".join(lines), encoding="utf-8")
-    return [json.loads(line)["loss"] for line in lines]
 
 
 def run_training(arguments, work, folder: Path) -> None:

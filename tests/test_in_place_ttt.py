@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import decoding
 from decoding import prefill, write_rows
-from in_place_ttt import FastWeight, InPlaceTTT, Pending, TTTConfig, TTTMLP
+from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
 from memory import Memory, tensors_digest
+from sessions import Pending
 
 PAD = 256
 LENGTHS = (19, 13, 4)
@@ -93,11 +94,13 @@ def at_unit_rms(config, x_LD):
     return torch.stack([x / (x @ x / len(x)).sqrt() for x in x_LD]) if config.unit_targets else x_LD
 
 
-def plain_around(fast, config, x_LD, name):
+def plain_around(fast, config, x_LD, source_LD, name):
     """What the write attention gathers beside each token of one chunk, head by head and token by token."""
     if not config.write_attention or name == "query":
         return [x_LD.new_zeros(0)] * len(x_LD)
     q, k, v = (x_LD @ fast.key_attend).reshape(len(x_LD), 3, config.write_attention, 32).permute(1, 2, 0, 3)
+    if config.attend_embeddings:
+        v = v + (at_unit_rms(config, source_LD) @ fast.key_named).reshape(len(x_LD), config.write_attention, 32).transpose(0, 1)
     slopes = [0.1 ** (2 * head / max(1, config.write_attention - 1)) for head in range(config.write_attention)]
     gathered = []
     for i in range(len(x_LD)):
@@ -106,12 +109,12 @@ def plain_around(fast, config, x_LD, name):
     return gathered
 
 
-def plain_features(fast, config, x_LD, h_LF, name):
+def plain_features(fast, config, x_LD, source_LD, h_LF, name):
     """Keys or queries of one chunk, token by token."""
     if config.codes:
         x_LD = at_unit_rms(config, x_LD)
         mapped = [getattr(fast, f"{name}_code").T @ torch.cat([x, z]) + getattr(fast, f"{name}_bias")
-                  for x, z in zip(x_LD, plain_around(fast, config, x_LD, name))]
+                  for x, z in zip(x_LD, plain_around(fast, config, x_LD, source_LD, name))]
         first, _ = fast.sizes
         return [torch.outer(m[:first] / m[:first].norm(), m[first:] / m[first:].norm()).flatten() for m in mapped]
     if config.key_map:
@@ -131,7 +134,7 @@ def plain_chunk(fast, config, source_CD, x_CD, weight_DF):
         near = [(k, i + k - config.kernel // 2) for k in range(config.kernel)]
         return sum((conv[:, k] * t_CD[j] for k, j in near if 0 <= j < len(t_CD)), torch.zeros_like(t_CD[0]))
 
-    for i, around in enumerate(plain_around(fast, config, x_CD, "key")):
+    for i, around in enumerate(plain_around(fast, config, x_CD, source_CD, "key")):
         content = taps(source_CD, fast.conv, i) @ fast.proj
         if config.target == "both":
             content = content + taps(x_CD, fast.conv_x, i) @ fast.proj_x
@@ -159,7 +162,7 @@ def plain_row(fast, config, source_LD, x_LD, h_LF, weight_DF):
     size = config.chunk or len(h_LF)
     for start in range(0, len(h_LF), size):
         part = slice(start, min(start + size, len(h_LF)))
-        keys, queries = (plain_features(fast, config, x_LD[part], h_LF[part], name) for name in ("key", "query"))
+        keys, queries = (plain_features(fast, config, x_LD[part], source_LD[part], h_LF[part], name) for name in ("key", "query"))
         opened = [1 / (1 + torch.exp(-(x @ fast.open + fast.open_bias))) if config.read_gate else 1.0 for x in at_unit_rms(config, x_LD[part])]
         shares += [gate * (update @ query) for gate, query in zip(opened, queries)]
         contents, strengths = plain_chunk(fast, config, source_LD[part], x_LD[part], weight_DF)
@@ -178,7 +181,7 @@ OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(
            dict(chunk=None, rule="ridge", ridge=2.0, key_map=5, unit_targets=True, gate=True, eta=5.0, target="input_embed"),
            dict(chunk=5, unit_targets=True, gate=True, eta=3.0),
            dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=True, sparse=True, target="both", blind=True),
-           dict(chunk=6, codes=True, write_attention=3, gate=True, sparse=True, read_gate=True, target="both"),
+           dict(chunk=6, codes=True, write_attention=3, gate=True, sparse=True, read_gate=True, target="both", attend_embeddings=True),
            dict(chunk=None, codes=True, write_attention=1, unit_targets=True, calibrated=True, gate=True, sparse=True, rule="ridge"), dict(chunk=None, unit_targets=True, target="input_embed")]
 
 
@@ -565,7 +568,7 @@ def recall_loss(loaded, ttt, rows, questions, through):
 @pytest.mark.parametrize("options,through", [(dict(chunk=None, rule="ridge", key_map=4, unit_targets=True, gate=True), "no_grad"),
                                              (dict(chunk=None, unit_keys=True, gate=True), "no_grad"),
                                              (dict(chunk=None, codes=True, write_attention=2, read_attention=1, unit_targets=True, gate=True,
-                                                   sparse=True, target="both", blind=True, read_gate=True), "no_grad"),
+                                                   sparse=True, target="both", blind=True, read_gate=True, attend_embeddings=True), "no_grad"),
                                              (dict(chunk=4, gate=True), "grad"), (dict(chunk=None, target="input_embed"), "no_grad")], ids=str)
 def test_gradients_reach_the_adapter_and_only_the_adapter(family, options, through, attach):
     ttt = attach(family, layers=(1, 2), **options)

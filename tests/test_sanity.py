@@ -1,8 +1,8 @@
 """sanity.py as a user runs it, and proof that each of its checks can fail: one sabotage each, seen by the named check."""
 import json
 import random
-from dataclasses import replace
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 from conftest import strengthen
 
 import benchmark_file
-import in_place_ttt
 import sanity
+import sessions
 from in_place_ttt import FastWeight, InPlaceTTT, Reader, TTTConfig, TTTMLP, Writer
 from manifests import provenance, run_script
 from memory import LayerMemory, Memory
@@ -128,7 +128,7 @@ SABOTAGE = {
     "the text stays in the cache": ("empty_memory_is_no_memory", patch(sanity, "write_rows", leak_the_past)),
     "the file is misread": ("saved_memory_answers_the_same", patch(Memory, "load", misread_the_file)),
     "the last chunk is lost": ("sequential_equals_parallel", patch(Writer, "memory", drop_the_flush)),
-    "a chunk reads itself": ("sequential_equals_parallel", patch(in_place_ttt, "chunk_of", lambda f: lambda p, c: f(p, c and c + 1))),
+    "a chunk reads itself": ("sequential_equals_parallel", patch(sessions, "chunk_of", lambda f: lambda p, c: f(p, c and c + 1))),
     "the conv looks one token off": ("sequential_equals_parallel", patch(FastWeight, "contents", lambda f: lambda s, held, x, *a: f(s, held, x.roll(1, 1), *a))),
     "reading writes": ("reading_does_not_write", patch(Reader, "layer", write_while_reading)),
     "every text leaves the same memory": ("digests_tell_texts_apart", patch(sanity, "write", keep_the_first_text)),

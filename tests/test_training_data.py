@@ -45,7 +45,7 @@ def random_examples():
 # ---- packing ----
 
 ARMS = {"base": dict(unit_keys=True), "memory": dict(unit_keys=True),
-        "read attention": dict(codes=True, read_attention=2, blind=True, read_gate=True)}
+        "read attention": dict(codes=True, read_attention=2, blind=True, read_gate=True, target="both", attend_embeddings=True)}
 
 
 @pytest.mark.parametrize("memory", ARMS)

@@ -1,0 +1,273 @@
+"""What happens inside `InPlaceTTT.write` and `InPlaceTTT.read`: the Writer makes a memory of a text, the Reader answers with one.
+
+The formulas and shape letters are those at the head of in_place_ttt.py.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fast_weight import FastWeight, Slots, chunk_of, distance_bias, fit, write_bias
+from memory import LayerMemory, Memory, leading, pick_columns
+
+
+def check_memory(memory: Memory, owner) -> None:
+    if set(memory.layers) != set(owner.config.layers):
+        raise ValueError(f"memory holds layers {sorted(memory.layers)}, the adapter has {sorted(owner.config.layers)}")
+
+
+class Reader:
+    """Adds a finished memory's share to each TTT layer's output (see InPlaceTTT.read).
+
+    With read attention a question's tokens also look back at each other: all that is read in one context is the question,
+    and each of its forward calls is announced with `expect`.
+    """
+
+    def __init__(self, owner, memory: Memory, watch_BL: torch.Tensor | None = None):
+        check_memory(memory, owner)
+        self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
+        self.queries: dict[int, torch.Tensor] = {}
+        self.needs_embeddings = owner.config.read_attention > 0 and owner.config.attend_embeddings
+        self._embed_BLD = None
+        self._seen: dict[int, tuple] = {}  # the read attention's keys and values by layer
+        self._real_BT = self._bias_BHLT = None
+
+    def expect(self, mask_BL: torch.Tensor, position_BL: torch.Tensor | None = None, visible_BLL: torch.Tensor | None = None) -> None:
+        """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L].
+
+        position and visible are for packed rows, read in one call: each token's place in its question, and what it may look at.
+        """
+        if not self.owner.config.read_attention:
+            return
+        before = 0 if self._real_BT is None else self._real_BT.shape[1]
+        self._real_BT = mask_BL.bool() if before == 0 else torch.cat([self._real_BT, mask_BL.bool()], 1)
+        position_BT = self._real_BT.cumsum(1) if position_BL is None else position_BL
+        if visible_BLL is None:
+            order = torch.arange(self._real_BT.shape[1], device=mask_BL.device)
+            visible_BLL = self._real_BT[:, None, :] & (order[None, :] <= order[before:, None])
+        own_LT = torch.eye(position_BT.shape[1], dtype=torch.bool, device=mask_BL.device)[before:]  # for pads: something to look at
+        dtype = self.owner.down_proj(self.owner.config.layers[0]).weight.dtype
+        self._bias_BHLT = distance_bias(position_BT[:, before:], position_BT, visible_BLL | own_LT, self.owner.config.read_attention, dtype)
+
+    def on_embeddings(self, module, inputs, output) -> None:
+        self._embed_BLD = output
+
+    def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
+        fast = self.owner.fast[str(index)]
+        query_BLF = self._informed(index, fast, x_BLD, h_BLF) if self.owner.config.read_attention else fast.query(x_BLD, h_BLF)
+        if self.watch_BL is not None:
+            self.queries[index] = query_BLF[self.watch_BL]
+        return self.memory.layers[index].read(query_BLF) * fast.openness(x_BLD)
+
+    def _informed(self, index: int, fast: FastWeight, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
+        seen = self._seen.get(index)
+        length = x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
+        if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
+            raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
+        query_BLF, self._seen[index] = fast.informed_query(x_BLD, h_BLF, self._embed_BLD, self._bias_BHLT, seen)
+        return query_BLF
+
+
+@dataclass
+class Pending:
+    """Tokens held as the target's source, the MLP's x and h, and the flags that keep pads and written tokens out, all [B, P, ...].
+
+    real: not a pad. fresh: real and not yet in the folded memory (a few written tokens stay on as the conv's left context).
+    position: how many real tokens of the row stand before this one.
+    """
+
+    source: torch.Tensor
+    x: torch.Tensor
+    h: torch.Tensor
+    real: torch.Tensor
+    fresh: torch.Tensor
+    position: torch.Tensor
+
+    def fields(self):
+        return self.source, self.x, self.h, self.real, self.fresh, self.position
+
+    def append(self, other: "Pending") -> "Pending":
+        return Pending(*(torch.cat(pair, 1) for pair in zip(self.fields(), other.fields())))
+
+    def keep(self, wanted_BS: torch.Tensor) -> "Pending":
+        """Only the wanted tokens, moved to the right end; shorter rows get pads on the left."""
+        width = int(wanted_BS.sum(1).max())
+        column_BS = wanted_BS.to(torch.int8).argsort(dim=1, stable=True)[:, wanted_BS.shape[1] - width:]
+        source, x, h, real, fresh, position = (pick_columns(t, column_BS) for t in self.fields())
+        kept_BS = wanted_BS.gather(1, column_BS)
+        return Pending(source, x, h, real & kept_BS, fresh & kept_BS, position)
+
+
+class Writer:
+    """One text being written, over one or several forward calls (see InPlaceTTT.write)."""
+
+    def __init__(self, owner, memory: Memory | None, differentiable: bool, form: str):
+        if form not in ("parallel", "sequential"):
+            raise ValueError(f"form is {form!r}; use parallel or sequential")
+        if memory is not None:
+            check_memory(memory, owner)
+        self.owner, self.start = owner, memory
+        self.needs_embeddings = owner.config.target != "hidden_states"
+        self.differentiable, self.form = differentiable, form
+        self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
+        self.pending: dict[int, Pending] = {}
+        self.worth: dict[int, torch.Tensor] = {}  # the gate's logits [B, S] by layer, after memory() of a differentiable write
+        self.tokens_B: torch.Tensor | None = None
+        self._real_BL = self._position_BL = self._embed_BLD = None
+        self._passed: set[int] = set()  # layers that the announced call has been through
+
+    def expect(self, mask_BL: torch.Tensor) -> None:
+        """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L]."""
+        if self.form == "sequential" and self.tokens_B is not None:
+            raise RuntimeError("the sequential form writes a text in one forward call; use parallel to go on")
+        if self.start and self.start.batch != mask_BL.shape[0]:
+            raise ValueError(f"a memory of {self.start.batch} rows cannot go on with a batch of {mask_BL.shape[0]}; use memory.select(rows)")
+        self._real_BL, self._passed = mask_BL.bool(), set()
+        before_B = torch.zeros_like(mask_BL[:, 0], dtype=torch.long) if self.tokens_B is None else self.tokens_B
+        self._position_BL = (before_B[:, None] + self._real_BL.cumsum(1) - 1).clamp(min=0)
+        self.tokens_B = before_B + self._real_BL.sum(1)
+
+    def on_embeddings(self, module, inputs, output) -> None:
+        self._embed_BLD = output
+
+    def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor | None:
+        if self._real_BL is None or self._real_BL.shape != x_BLD.shape[:2]:
+            announced = None if self._real_BL is None else tuple(self._real_BL.shape)
+            raise RuntimeError(f"a forward of {tuple(x_BLD.shape[:2])} tokens while writing, but expect() announced {announced}")
+        if index in self._passed:
+            raise RuntimeError("a second forward under one expect(); announce the tokens of every call")
+        self._passed.add(index)
+        fast = self.owner.fast[str(index)]
+        source_BLD = x_BLD if self.owner.config.target == "hidden_states" else self._embed_BLD
+        new = Pending(source_BLD, x_BLD, h_BLF, self._real_BL, self._real_BL, self._position_BL)
+        if self.form == "sequential":
+            return self._sequential(index, fast, new)
+        held = self.pending[index].append(new) if index in self.pending else new
+        share_BLD = self._visible_share(index, fast, held, new)
+        config = self.owner.config
+        # ridge solves for all of the text at its end, and attention over an unfinished chunk is not settled before that
+        whole = self.differentiable or config.rule == "ridge" or (config.write_attention and config.chunk is None)
+        self.pending[index] = held if whole else self._fold(index, fast, held)
+        return share_BLD
+
+    def _visible_share(self, index: int, fast: FastWeight, held: Pending, new: Pending) -> torch.Tensor | None:
+        """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk."""
+        chunk, start = self.owner.config.chunk, self.start and not self.owner.config.blind
+        if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
+            return fast.read(self.start.layers[index], new.x, new.h) if start else None
+        query_BLF, slots = fast.query(new.x, new.h), fast.slots(held)
+        value_BSD = slots.contents * (slots.weights * held.fresh).unsqueeze(-1)
+        visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
+        score_BLS = (query_BLF @ slots.keys.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
+        share_BLD = score_BLS @ value_BSD
+        if index in self.done:
+            share_BLD = share_BLD + self.done[index].read(query_BLF)
+        return share_BLD * fast.openness(new.x)
+
+    def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
+        """Move the tokens whose value can no longer change into the memory; return what must still be held.
+
+        A value is settled once its chunk is over; in the whole-text chunk, whose memory is not applied before the end,
+        as soon as the right half of the conv stands behind it.
+        """
+        chunk, reach = self.owner.config.chunk, self.owner.config.kernel // 2
+        open_from_B = (self.tokens_B - reach).clamp(min=0) if chunk is None else self.tokens_B // chunk * chunk
+        settled_BS = held.fresh & (held.position < open_from_B[:, None])
+        self._add(index, self._sum(fast, held, settled_BS))
+        rest = Pending(held.source, held.x, held.h, held.real, held.fresh & ~settled_BS, held.position)
+        return rest.keep(held.real & (held.position >= (open_from_B - reach)[:, None]))
+
+    def _add(self, index: int, update: LayerMemory) -> None:
+        self.done[index] = self.done[index].plus(update) if index in self.done else update
+        if not self.differentiable:
+            self.done[index] = self.done[index].smaller_form()
+
+    def _sum(self, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
+        """Hebbian: the outer products of the chosen tokens."""
+        slots = fast.slots(held)
+        value_BSD = slots.contents * (slots.weights * chosen_BS).unsqueeze(-1)
+        update = LayerMemory.factored(slots.keys, value_BSD)
+        return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
+
+    def _all_slots(self) -> dict[int, Slots]:
+        """The slots of every layer's held tokens, all layers in one batched pass: the layers differ in their numbers only."""
+        fasts = [self.owner.fast[str(index)] for index in self.pending]
+        helds = list(self.pending.values())
+        bias_BHSS = write_bias(helds[0], self.owner.config)  # of the tokens, so alike in all layers
+        tensors = [dict(fast.named_parameters()) | dict(fast.named_buffers()) for fast in fasts]
+        numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
+
+        def slots(numbers, source, x, h):
+            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], source=source, x=x, h=h), bias_BHSS))
+            return (made.keys, made.contents, made.weights) + ((made.worth,) if self.owner.config.gate else ())
+
+        # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
+        outputs = torch.vmap(slots, chunk_size=None if self.differentiable else 1)(
+            numbers, *(torch.stack([getattr(held, name) for held in helds]) for name in ("source", "x", "h")))
+        return {index: Slots(*(t[i] for t in outputs)) for i, index in enumerate(self.pending)}
+
+    def _flush(self, group: int) -> dict[int, LayerMemory]:
+        """What the tokens still held add to each layer."""
+        slots = self._all_slots()
+        self.worth = {index: s.worth for index, s in slots.items()} if self.differentiable else {}
+        weights = {index: slots[index].weights * held.fresh for index, held in self.pending.items()}
+        updates = {index: LayerMemory.factored(s.keys, s.contents) for index, s in slots.items()}
+        if self.owner.config.sparse and not self.differentiable:  # what has no strength leaves no slot, nor a row in the solve
+            kept = {index: update.where(weights[index] > 0) for index, update in updates.items()}
+            width = max(update.keys.shape[1] for update in kept.values())
+            weights = {index: pick_columns(w, leading(w > 0, width)) for index, w in weights.items()}
+            updates = {index: update.padded(width) for index, update in kept.items()}
+        if group > 1:
+            weights = {index: w.reshape(-1, group * w.shape[1]) for index, w in weights.items()}
+            updates = {index: update.grouped(group) for index, update in updates.items()}
+        if self.owner.config.rule == "hebbian":
+            return {index: LayerMemory.factored(u.keys, u.values * weights[index].unsqueeze(-1)) for index, u in updates.items()}
+        keys, wanted = {index: u.keys for index, u in updates.items()}, {index: u.values for index, u in updates.items()}
+        for index in self.start.layers if self.start else ():  # only what the memory does not answer already
+            wanted[index] = wanted[index] - self.done[index].read(keys[index])
+        ridges = {index: self.owner.fast[str(index)].ridge() for index in keys}
+        return {index: LayerMemory.factored(keys[index], value) for index, value in fit(keys, wanted, weights, ridges).items()}
+
+    def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
+        """The oracle: row by row, chunk after chunk, a running dense update; its own plain conv1d."""
+        before = self.start.layers[index].to_dense() if self.start else None
+        rows, updates = [], []
+        for b in range(new.x.shape[0]):
+            real = new.real[b].nonzero()[:, 0]
+            row = Pending(*(t[b:b + 1, real] for t in new.fields()))
+            update_DF = before.update[b] if before else fast.conv.new_zeros(row.x.shape[2], row.h.shape[2])
+            share_LD = torch.zeros(new.x.shape[1], row.x.shape[2], dtype=update_DF.dtype, device=row.x.device)
+            for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
+                chunk = Pending(*(t[:, tokens] for t in row.fields()))
+                if not self.owner.config.blind:
+                    query_LF = fast.query(chunk.x[0], chunk.h[0]).to(update_DF.dtype)
+                    share_LD[real[tokens]] = query_LF @ update_DF.T * fast.openness(chunk.x[0])
+                update_DF = update_DF + fast.chunk_update(chunk, update_DF)
+            rows.append(share_LD)
+            updates.append(update_DF)
+        self.done[index] = LayerMemory.dense(torch.stack(updates))
+        return torch.stack(rows)
+
+    def memory(self, group: int = 1) -> Memory:
+        """Flush the last, partial chunk and return everything written, one row per batch row.
+
+        Call it once, after the context; with `differentiable` and gradients enabled it is a function of the adapter.
+        group: so many neighbouring rows become one memory, as if written side by side; only for a fresh text in one chunk.
+        """
+        if self._passed != set(self.owner.config.layers):
+            raise RuntimeError("nothing was written: no forward ran inside the write context")
+        if group > 1 and (self.start or self.owner.config.chunk is not None):
+            raise RuntimeError("only fresh texts of one chunk can be written side by side")
+        for index, update in (self._flush(group) if self.pending else {}).items():  # the sequential form has nothing pending
+            self._add(index, update)
+        self.pending = {}
+        chunk = self.owner.config.chunk
+        chunks_B = (self.tokens_B > 0).long() if chunk is None else -(-self.tokens_B // chunk)
+        tokens_B = self.tokens_B
+        if self.start:
+            tokens_B, chunks_B = tokens_B + self.start.tokens, chunks_B + self.start.chunks
+        if group > 1:
+            tokens_B, chunks_B = (t.reshape(-1, group).sum(1) for t in (tokens_B, chunks_B))
+        norms = {i: self.owner.down_norms[i] for i in self.done}
+        return Memory(dict(sorted(self.done.items())), tokens_B, chunks_B, norms)
