@@ -108,7 +108,12 @@ class LayerMemory:
 
     def compact(self, rank: int) -> "LayerMemory":
         """The best rank-`rank` update in Frobenius norm (truncated SVD), factored with `rank` slots."""
-        left, scale, right = torch.linalg.svd(self.to_dense().update, full_matrices=False)
+        if self.is_dense or self.keys.shape[1] >= min(self.keys.shape[2], self.values.shape[2]):
+            left, scale, right = torch.linalg.svd(self.to_dense().update, full_matrices=False)
+        else:  # few slots: dW = V^T K = Qv (Rv Rk^T) Qk^T, and the small middle has the same singular values
+            (basis_v, small_v), (basis_k, small_k) = (torch.linalg.qr(t.transpose(1, 2)) for t in (self.values, self.keys.to(self.values.dtype)))
+            left, scale, right = torch.linalg.svd(small_v @ small_k.transpose(1, 2))
+            left, right = basis_v @ left, right @ basis_k.transpose(1, 2)
         values_BRD = (left * scale.unsqueeze(1))[:, :, :rank].transpose(1, 2).contiguous()
         return LayerMemory.factored(right[:, :rank].contiguous(), values_BRD)
 

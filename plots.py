@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmark_file import CATEGORIES
 from report_tables import LANGUAGES, LEVELS, arm_text, langs_of, names_of
-from results_files import POSITIONS, condition_order, shown_arms
+from results_files import CURVES, ON_CURVES, POSITIONS, condition_order, shown_arms
 
 matplotlib.use("Agg")  # files only, no display
 
@@ -24,12 +24,14 @@ def draw_all(report, curves, folder):
     """Write the figures into folder; returns a line for each that could not be made (an old file of it is removed)."""
     folder.mkdir(parents=True, exist_ok=True)
     reasons = {"b_vs_d": "B_memory and D_distractor have no level-3 conversation in common",
-               "em_by_position": "no prediction has a position", "training_curve": "no run's adapter has a train.jsonl"}
+               "em_by_position": "no prediction has a position",
+               "memory_curves": "no arm has two points of a curve (B_merged, D of several lengths, B_rank)",
+               "training_curve": "no run's adapter has a train.jsonl"}
     notes = []
     with matplotlib.rc_context(STYLE):
         figures = {"em_by_condition": em_by_condition(report), "category_heatmap": category_heatmap(report),
                    "em_by_position": em_by_position(report), "b_vs_d": b_vs_d(report),
-                   "training_curve": training_curve(curves)}
+                   "memory_curves": memory_curves(report), "training_curve": training_curve(curves)}
         for name, figure in figures.items():
             path = folder / f"{name}.png"
             if figure is None:
@@ -87,7 +89,7 @@ def em_by_condition(report):
     figure, axes = grid(panels, 6.0, [2.9] * len(panels),
                         "Exact match by condition and level\n(bars: 95% bootstrap over conversations)")
     for ax, (arm, lang) in zip(axes, panels):
-        names, counts = names_of([arm], "conditions", lang), []
+        names, counts = [name for name in names_of([arm], "conditions", lang) if name not in ON_CURVES], []
         for index, level in enumerate(LEVELS):
             cells = {name: arm["conditions"][name][level][lang] for name in names
                      if lang in arm["conditions"][name].get(level, {})}
@@ -118,7 +120,7 @@ def shared_legend(figure, axes):
 def pooled_cells(arm, lang, field):
     """{condition with the levels it ran on: {category or position: cell}}, for the conditions that have any."""
     return {f"{name} (L{''.join(map(str, by_lang[lang]['levels']))})": by_lang[lang][field]
-            for name, by_lang in arm["pooled_levels"].items() if by_lang.get(lang, {}).get(field)}
+            for name, by_lang in arm["pooled_levels"].items() if name not in ON_CURVES and by_lang.get(lang, {}).get(field)}
 
 
 def category_heatmap(report):
@@ -206,6 +208,35 @@ def b_vs_d(report):
         ax.set_title(panel_title(arm, lang, f"n = {int(count.sum())} conversations, largest dot: {int(count.max())}",
                                  f"{below} below the line, {above} above"))
     return figure
+
+
+def memory_curves(report):
+    """Exact match against what one memory has to hold and what is kept of it, a line per arm and language."""
+    lines = [[(arm, lang, points) for arm, lang in panels_of(report) for points in [curve_points(arm, lang, level, steps)]
+              if len(points) > 1] for _, level, steps in CURVES]
+    if not any(lines):
+        return None
+    figure = Figure(figsize=(11.5, 4.2))
+    figure.suptitle("Exact match against what a memory holds and keeps (bars: 95% bootstrap over conversations)")
+    for ax, (what, level, steps), drawn in zip(figure.subplots(1, len(CURVES)), CURVES, lines):
+        for index, (arm, lang, points) in enumerate(drawn):
+            ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
+                        color=COLORS[index % len(COLORS)], markersize=4, linewidth=1, capsize=2,
+                        label=f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]} (n = {span([cell['n'] for cell in points.values()])})")
+        em_axis(ax)
+        ax.set_xticks(range(len(steps)), [label for label, _ in steps])
+        ax.set_xlim(-0.4, len(steps) - 0.6)
+        ax.set_xlabel(what)
+        ax.set_title(f"level {level}")
+        if drawn:
+            ax.legend(fontsize=6.5, loc="best")
+    return figure
+
+
+def curve_points(arm, lang, level, steps):
+    """{place along the curve: cell}, for the steps that the arm ran."""
+    cells = {place: arm["conditions"].get(name, {}).get(str(level), {}).get(lang) for place, (_, name) in enumerate(steps)}
+    return {place: cell for place, cell in cells.items() if cell}
 
 
 def training_curve(curves):

@@ -45,6 +45,8 @@ class Condition:
     one_pass: bool = False         # the shown text is itself written, chunk by chunk, and stays in context
     merge: int = 1                 # conversations written one after the other into one memory
     tuned: bool = False            # answered by the base with the LoRA that was trained to read in context
+    distractor_tokens: int | None = None  # of the distractor only so many tokens; None: all
+    rank: int | None = None        # each layer's update is cut to its best approximation of this rank; None: not cut
 
 
 CONDITIONS = {c.name: c for c in (
@@ -60,6 +62,8 @@ CONDITIONS = {c.name: c for c in (
     Condition("B_merged_8", (1,), written="merged", merge=8),
     Condition("P_paper", (1, 2, 3), written="conversation", shown="conversation", one_pass=True),
     Condition("N_noise", (1, 2), written="noise"),
+    *(Condition(f"D_{n}", (3,), written="distractor", distractor_tokens=n) for n in (512, 1024, 2048)),
+    *(Condition(f"B_rank_{k}", (1,), written="conversation", rank=k) for k in (1, 4, 16, 64)),
 )}
 DEFAULT_CONDITIONS = "A_context,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 
@@ -89,8 +93,13 @@ class Texts:
         else:
             first = place // condition.merge * condition.merge
             chosen = [group[(first + j) % len(group)] for j in range(condition.merge)]
-        texts = [prompts.with_distractor(s) if condition.written == "distractor" else s["conversation"] for s in chosen]
-        return [prompts.start_ids(self.tokenizer) + self.encoded(text) for text in texts]
+        if condition.written != "distractor":
+            return [prompts.start_ids(self.tokenizer) + self.encoded(s["conversation"]) for s in chosen]
+        whole = prompts.start_ids(self.tokenizer) + self.encoded(prompts.with_distractor(sample))
+        if condition.distractor_tokens is None:
+            return [whole]
+        before = len(prompts.start_ids(self.tokenizer) + self.encoded(prompts.with_distractor(sample | {"distractor": ""})))
+        return [whole[:before + condition.distractor_tokens]]
 
     def shown(self, condition: Condition, sample: dict) -> list[int]:
         text = prompts.with_distractor(sample) if condition.shown == "distractor" else sample["conversation"]
@@ -151,6 +160,8 @@ def write_memory(loaded: Loaded, ttt: InPlaceTTT, job: Job, texts: Texts) -> Mem
     memory = None
     for turn in zip(*rows):
         memory, _ = write_rows(loaded.model, ttt, list(turn), loaded.tokenizer.pad_token_id, memory)
+    if job.condition.rank is not None:
+        memory = memory.compact(job.condition.rank)
     if job.condition.written == "noise":
         seeds = [zlib.crc32(sample["sample_id"].encode()) for sample in job.samples]  # a sample's noise is its own in any batch
         memory = Memory.stack([memory.select([i]).noise_like(torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])

@@ -247,7 +247,7 @@ def test_figures_are_written_and_not_blank(drawn, langs, arms):
     assert score("--quiet") == 0
     figures = sorted(path.name for path in (drawn / "results/figures").iterdir())
     assert figures == ["b_vs_d.png", "category_heatmap.png", "em_by_condition.png", "em_by_position.png",
-                       "training_curve.png"]
+                       "memory_curves.png", "training_curve.png"]
     for name in figures:
         pixels = matplotlib.image.imread(drawn / "results/figures" / name)[..., :3]
         assert pixels.shape[0] > 400 and pixels.shape[1] > 700
