@@ -104,7 +104,8 @@ def address_loss(memory: Memory, queries: dict, address_M: torch.Tensor, asks_BT
         key_NF = memory.layers[index].keys.reshape(-1, query_MF.shape[1])
         meets_MN = (query_MF @ key_NF.T).float().masked_fill(~mask_BS.bool().reshape(1, -1), -1.0)
         meets_MN = torch.cat([torch.full_like(meets_MN[:, :1], NULL), meets_MN], 1)
-        losses.append(cross_entropy(SHARPNESS * meets_MN, wanted_M, ignore_index=IGNORE))
+        summed = cross_entropy(SHARPNESS * meets_MN, wanted_M, ignore_index=IGNORE, reduction="sum")
+        losses.append(summed / (wanted_M != IGNORE).sum().clamp(min=1))  # a batch may know no address at all
         with torch.no_grad():
             found.append((meets_MN.argmax(1) == wanted_M)[in_text_M].float().mean())
     measures["found"] = torch.stack(found)  # share of answer tokens whose slot is the one met best, by layer

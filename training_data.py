@@ -111,7 +111,10 @@ class Places:
                 self.stretch[fact["fact_id"]] = (begin + at, begin + at + len(values[fact["fact_id"]]) - 1)
 
     def token_at(self, character: int) -> int:
-        """The token that holds a character of the conversation."""
+        """The first token that holds a character of the conversation (a rare character takes several)."""
+        return len(self.start) + next(i for i, (_, end) in enumerate(self.offsets) if end > character)
+
+    def last_token_at(self, character: int) -> int:
         return len(self.start) + max(i for i, (begin, _) in enumerate(self.offsets) if begin <= character)
 
     def first_token(self, character: int) -> int:
@@ -123,7 +126,7 @@ class Places:
     def worth(self) -> list[int]:
         marks = [0] * len(self.ids)
         for first, last in self.stretch.values():
-            for i in range(self.first_token(first), self.token_at(last) + 1):
+            for i in range(self.first_token(first), self.last_token_at(last) + 1):
                 if i:
                     marks[i - 1] = 1
         return marks

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 import decoding
 from decoding import prefill, write_rows
+from fast_weight import code_sizes
+from fast_weight import code_sizes
+from fast_weight import code_sizes
 from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
 from memory import Memory, tensors_digest
 from sessions import Pending
@@ -479,7 +482,378 @@ def test_a_long_text_turns_dense_and_says_the_same(llama, attach, monkeypatch):
     assert_same_memory(memory, oracle, atol=1e-10)
 
 
+CODES = dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=True, sparse=True, target="both", blind=True)
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "ridge"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
+def test_a_token_without_strength_leaves_no_slot_and_is_not_missed(name, rule, attach):
+    """The pruned memory is smaller and is the same update as the one that keeps every token, which training uses."""
+    family = tiny(name)
+    ttt = attach(family, rule=rule, **CODES)
+    for fast in ttt.fast.values():
+        fast.gate.mul_(8)  # some tokens shut, some wide open
+    ids, mask = batch_of(token_rows(LENGTHS))
+    kept, whole = (write_once(family.model, ttt, ids, mask, differentiable=differentiable)[1] for differentiable in (False, True))
+    assert max(layer.keys.shape[1] for layer in kept.layers.values()) < max(LENGTHS) <= whole.layers[0].keys.shape[1]
+    assert_same_memory(kept, whole, atol=1e-10)
+
+
+def test_a_text_of_which_nothing_is_worth_writing_leaves_an_empty_memory(llama, attach):
+    ttt = attach(llama, rule="ridge", **CODES)
+    for fast in ttt.fast.values():
+        fast.gate_bias.fill_(-50.0)
+    ids, mask = batch_of(token_rows(LENGTHS))
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    before = run(llama.model, ids, mask)
+    with ttt.read(memory):
+        assert torch.equal(run(llama.model, ids, mask), before)
+    assert memory.update_norm().tolist() == [0, 0, 0] and memory.tokens.tolist() == list(LENGTHS)
+
+
+def test_rows_written_side_by_side_are_the_sum_of_their_memories(family, attach):
+    ttt = attach(family, **CODES)
+    ids, mask = batch_of(token_rows((9, 6, 11, 4)))
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(family.model, ids, mask)
+    together = writer.memory(group=2)
+    _, alone = write_once(family.model, ttt, ids, mask)
+    assert_same_memory(together, alone.select([0, 2]).merge(alone.select([1, 3])), atol=1e-10)
+
+
+def test_ridge_side_by_side_answers_with_what_either_row_wrote(llama, attach):
+    ttt = attach(llama, layers=(1,), rule="ridge", **CODES)
+    fast = ttt.fast["1"]
+    fast.log_ridge.data.fill_(-2.5)  # lambda e^-25
+    fast.gate_bias.fill_(50.0)
+    ids, mask = batch_of(token_rows((9, 9)))
+    spy = Spy(llama.model.get_decoder().layers[1].mlp)
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+    spy.remove()
+    embedded = llama.model.get_input_embeddings()(ids)
+    slots = fast.slots(Pending(embedded, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1))
+    read = writer.memory(group=2).layers[1].read(slots.keys)  # both rows ask the one memory
+    torch.testing.assert_close(read, slots.contents, atol=1e-6, rtol=1e-6)
+    assert slots.contents.norm() > 1e-2
+
+
+def test_side_by_side_is_for_fresh_texts_of_one_chunk(llama, attach):
+    ttt = attach(llama, chunk=4)
+    ids, mask = batch_of(token_rows((9, 6)))
+    with ttt.write() as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="side by side"):
+        writer.memory(group=2)
+
+
+def test_a_key_meets_a_query_where_both_codes_do(llama, attach):
+    """q k is the product of the two codes' cosines: a stranger in one of them is a stranger."""
+    fast = attach(llama, layers=(1,), chunk=None, codes=True, blind=True).fast["1"]
+    x = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    first, second = (x @ fast.key_code + fast.key_bias).split(fast.sizes, -1)
+    cosine = torch.nn.functional.cosine_similarity
+    key = fast.key(x, x.new_zeros(2, 64))
+    assert key.shape == (2, 64) and fast.sizes == (8, 8)
+    torch.testing.assert_close(key[0] @ key[1], cosine(first[0], first[1], dim=0) * cosine(second[0], second[1], dim=0))
+    torch.testing.assert_close(key.norm(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("feed_forward, sizes", [(1536, (32, 48)), (4864, (64, 76)), (2048, (32, 64)), (12288, (96, 128)), (64, (8, 8)), (7, (1, 7))])
+def test_code_sizes_make_up_the_feed_forward_size(feed_forward, sizes):
+    assert code_sizes(feed_forward) == sizes
+
+
+def test_calibration_measures_the_residual_stream_and_centres_the_codes(family):
+    ttt = InPlaceTTT(family.model, TTTConfig((0, 2), None, codes=True, unit_targets=True, calibrated=True, blind=True)).double()
+    ids, mask = batch_of(token_rows((30,)))
+    try:
+        ttt.calibrate(family.model, ids)
+        states = family.model.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        for i in (0, 2):
+            spy = Spy(family.model.get_decoder().layers[i].mlp)
+            run(family.model, ids, mask)
+            spy.remove()
+            fast, rms = ttt.fast[str(i)], states[i + 1][0, 1:].pow(2).mean(-1).sqrt()
+            assert fast.value_unit.item() == pytest.approx(rms.median().item(), rel=1e-6) and "value_unit" in fast.state_dict()
+            codes = fast.scaled(spy.x[0, 1:]) @ fast.key_code + fast.key_bias
+            assert codes.mean(0).abs().max() < 1e-6 < codes.abs().max()
+    finally:
+        ttt.detach()
+
+
+def test_what_a_question_looks_back_at_is_announced(llama, attach):
+    ttt = attach(llama, chunk=None, codes=True, read_attention=1, blind=True)
+    ids, mask = batch_of(token_rows((9, 6)))
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    with pytest.raises(RuntimeError, match="expect"), ttt.read(memory):
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="expect"), ttt.read(memory) as reader:
+        reader.expect(mask[:, :-1])
+        run(llama.model, ids, mask)
+
+
+CODES = dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=True, sparse=True, target="both", blind=True)
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "ridge"])
+def test_a_token_without_strength_leaves_no_slot_and_is_not_missed(family, rule, attach):
+    """The pruned memory is smaller and is the same update as the one that keeps every token, which training uses."""
+    ttt = attach(family, rule=rule, **CODES)
+    for fast in ttt.fast.values():
+        fast.gate.mul_(8)  # some tokens shut, some wide open
+    ids, mask = batch_of(token_rows(LENGTHS))
+    kept, whole = (write_once(family.model, ttt, ids, mask, differentiable=differentiable)[1] for differentiable in (False, True))
+    assert max(layer.keys.shape[1] for layer in kept.layers.values()) < max(LENGTHS) <= whole.layers[0].keys.shape[1]
+    assert_same_memory(kept, whole, atol=1e-10)
+
+
+def test_a_text_of_which_nothing_is_worth_writing_leaves_an_empty_memory(llama, attach):
+    ttt = attach(llama, rule="ridge", **CODES)
+    for fast in ttt.fast.values():
+        fast.gate_bias.fill_(-50.0)
+    ids, mask = batch_of(token_rows(LENGTHS))
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    before = run(llama.model, ids, mask)
+    with ttt.read(memory):
+        assert torch.equal(run(llama.model, ids, mask), before)
+    assert memory.update_norm().tolist() == [0, 0, 0] and memory.tokens.tolist() == list(LENGTHS)
+
+
+def test_rows_written_side_by_side_are_the_sum_of_their_memories(family, attach):
+    ttt = attach(family, **CODES)
+    ids, mask = batch_of(token_rows((9, 6, 11, 4)))
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(family.model, ids, mask)
+    together = writer.memory(group=2)
+    _, alone = write_once(family.model, ttt, ids, mask)
+    assert_same_memory(together, alone.select([0, 2]).merge(alone.select([1, 3])), atol=1e-10)
+
+
+def test_ridge_side_by_side_answers_with_what_either_row_wrote(llama, attach):
+    ttt = attach(llama, layers=(1,), rule="ridge", **CODES)
+    fast = ttt.fast["1"]
+    fast.log_ridge.data.fill_(-2.5)  # lambda e^-25
+    fast.gate_bias.fill_(50.0)
+    ids, mask = batch_of(token_rows((9, 9)))
+    spy = Spy(llama.model.get_decoder().layers[1].mlp)
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+    spy.remove()
+    embedded = llama.model.get_input_embeddings()(ids)
+    slots = fast.slots(Pending(embedded, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1))
+    read = writer.memory(group=2).layers[1].read(slots.keys)  # both rows ask the one memory
+    torch.testing.assert_close(read, slots.contents, atol=1e-6, rtol=1e-6)
+    assert slots.contents.norm() > 1e-2
+
+
+def test_side_by_side_is_for_fresh_texts_of_one_chunk(llama, attach):
+    ttt = attach(llama, chunk=4)
+    ids, mask = batch_of(token_rows((9, 6)))
+    with ttt.write() as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="side by side"):
+        writer.memory(group=2)
+
+
+def test_a_key_meets_a_query_where_both_codes_do(llama, attach):
+    """q k is the product of the two codes' cosines: a stranger in one of them is a stranger."""
+    fast = attach(llama, layers=(1,), chunk=None, codes=True, blind=True).fast["1"]
+    x = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    first, second = (x @ fast.key_code + fast.key_bias).split(fast.sizes, -1)
+    cosine = torch.nn.functional.cosine_similarity
+    key = fast.key(x, x.new_zeros(2, 64))
+    assert key.shape == (2, 64) and fast.sizes == (8, 8)
+    torch.testing.assert_close(key[0] @ key[1], cosine(first[0], first[1], dim=0) * cosine(second[0], second[1], dim=0))
+    torch.testing.assert_close(key.norm(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("feed_forward, sizes", [(1536, (32, 48)), (4864, (64, 76)), (2048, (32, 64)), (12288, (96, 128)), (64, (8, 8)), (7, (1, 7))])
+def test_code_sizes_make_up_the_feed_forward_size(feed_forward, sizes):
+    assert code_sizes(feed_forward) == sizes
+
+
+def test_calibration_measures_the_residual_stream_and_centres_the_codes(family):
+    ttt = InPlaceTTT(family.model, TTTConfig((0, 2), None, codes=True, unit_targets=True, calibrated=True, blind=True)).double()
+    ids, mask = batch_of(token_rows((30,)))
+    try:
+        ttt.calibrate(family.model, ids)
+        states = family.model.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        for i in (0, 2):
+            spy = Spy(family.model.get_decoder().layers[i].mlp)
+            run(family.model, ids, mask)
+            spy.remove()
+            fast, rms = ttt.fast[str(i)], states[i + 1][0, 1:].pow(2).mean(-1).sqrt()
+            assert fast.value_unit.item() == pytest.approx(rms.median().item(), rel=1e-6) and "value_unit" in fast.state_dict()
+            codes = fast.scaled(spy.x[0, 1:]) @ fast.key_code + fast.key_bias
+            assert codes.mean(0).abs().max() < 1e-6 < codes.abs().max()
+    finally:
+        ttt.detach()
+
+
+def test_what_a_question_looks_back_at_is_announced(llama, attach):
+    ttt = attach(llama, chunk=None, codes=True, read_attention=1, blind=True)
+    ids, mask = batch_of(token_rows((9, 6)))
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    with pytest.raises(RuntimeError, match="expect"), ttt.read(memory):
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="expect"), ttt.read(memory) as reader:
+        reader.expect(mask[:, :-1])
+        run(llama.model, ids, mask)
+
+
+CODES = dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=True, sparse=True, target="both", blind=True)
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "ridge"])
+def test_a_token_without_strength_leaves_no_slot_and_is_not_missed(family, rule, attach):
+    """The pruned memory is smaller and is the same update as the one that keeps every token, which training uses."""
+    ttt = attach(family, rule=rule, **CODES)
+    for fast in ttt.fast.values():
+        fast.gate.mul_(8)  # some tokens shut, some wide open
+    ids, mask = batch_of(token_rows(LENGTHS))
+    kept, whole = (write_once(family.model, ttt, ids, mask, differentiable=differentiable)[1] for differentiable in (False, True))
+    assert max(layer.keys.shape[1] for layer in kept.layers.values()) < max(LENGTHS) <= whole.layers[0].keys.shape[1]
+    assert_same_memory(kept, whole, atol=1e-10)
+
+
+def test_a_text_of_which_nothing_is_worth_writing_leaves_an_empty_memory(llama, attach):
+    ttt = attach(llama, rule="ridge", **CODES)
+    for fast in ttt.fast.values():
+        fast.gate_bias.fill_(-50.0)
+    ids, mask = batch_of(token_rows(LENGTHS))
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    before = run(llama.model, ids, mask)
+    with ttt.read(memory):
+        assert torch.equal(run(llama.model, ids, mask), before)
+    assert memory.update_norm().tolist() == [0, 0, 0] and memory.tokens.tolist() == list(LENGTHS)
+
+
+def test_rows_written_side_by_side_are_the_sum_of_their_memories(family, attach):
+    ttt = attach(family, **CODES)
+    ids, mask = batch_of(token_rows((9, 6, 11, 4)))
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(family.model, ids, mask)
+    together = writer.memory(group=2)
+    _, alone = write_once(family.model, ttt, ids, mask)
+    assert_same_memory(together, alone.select([0, 2]).merge(alone.select([1, 3])), atol=1e-10)
+
+
+def test_ridge_side_by_side_answers_with_what_either_row_wrote(llama, attach):
+    ttt = attach(llama, layers=(1,), rule="ridge", **CODES)
+    fast = ttt.fast["1"]
+    fast.log_ridge.data.fill_(-2.5)  # lambda e^-25
+    fast.gate_bias.fill_(50.0)
+    ids, mask = batch_of(token_rows((9, 9)))
+    spy = Spy(llama.model.get_decoder().layers[1].mlp)
+    with ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+    spy.remove()
+    embedded = llama.model.get_input_embeddings()(ids)
+    slots = fast.slots(Pending(embedded, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1))
+    read = writer.memory(group=2).layers[1].read(slots.keys)  # both rows ask the one memory
+    torch.testing.assert_close(read, slots.contents, atol=1e-6, rtol=1e-6)
+    assert slots.contents.norm() > 1e-2
+
+
+def test_side_by_side_is_for_fresh_texts_of_one_chunk(llama, attach):
+    ttt = attach(llama, chunk=4)
+    ids, mask = batch_of(token_rows((9, 6)))
+    with ttt.write() as writer:
+        writer.expect(mask)
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="side by side"):
+        writer.memory(group=2)
+
+
+def test_a_key_meets_a_query_where_both_codes_do(llama, attach):
+    """q k is the product of the two codes' cosines: a stranger in one of them is a stranger."""
+    fast = attach(llama, layers=(1,), chunk=None, codes=True, blind=True).fast["1"]
+    x = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    first, second = (x @ fast.key_code + fast.key_bias).split(fast.sizes, -1)
+    cosine = torch.nn.functional.cosine_similarity
+    key = fast.key(x, x.new_zeros(2, 64))
+    assert key.shape == (2, 64) and fast.sizes == (8, 8)
+    torch.testing.assert_close(key[0] @ key[1], cosine(first[0], first[1], dim=0) * cosine(second[0], second[1], dim=0))
+    torch.testing.assert_close(key.norm(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("feed_forward, sizes", [(1536, (32, 48)), (4864, (64, 76)), (2048, (32, 64)), (12288, (96, 128)), (64, (8, 8)), (7, (1, 7))])
+def test_code_sizes_make_up_the_feed_forward_size(feed_forward, sizes):
+    assert code_sizes(feed_forward) == sizes
+
+
+def test_calibration_measures_the_residual_stream_and_centres_the_codes(family):
+    ttt = InPlaceTTT(family.model, TTTConfig((0, 2), None, codes=True, unit_targets=True, calibrated=True, blind=True)).double()
+    ids, mask = batch_of(token_rows((30,)))
+    try:
+        ttt.calibrate(family.model, ids)
+        states = family.model.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        for i in (0, 2):
+            spy = Spy(family.model.get_decoder().layers[i].mlp)
+            run(family.model, ids, mask)
+            spy.remove()
+            fast, rms = ttt.fast[str(i)], states[i + 1][0, 1:].pow(2).mean(-1).sqrt()
+            assert fast.value_unit.item() == pytest.approx(rms.median().item(), rel=1e-6) and "value_unit" in fast.state_dict()
+            codes = fast.scaled(spy.x[0, 1:]) @ fast.key_code + fast.key_bias
+            assert codes.mean(0).abs().max() < 1e-6 < codes.abs().max()
+    finally:
+        ttt.detach()
+
+
+def test_what_a_question_looks_back_at_is_announced(llama, attach):
+    ttt = attach(llama, chunk=None, codes=True, read_attention=1, blind=True)
+    ids, mask = batch_of(token_rows((9, 6)))
+    _, memory = write_once(llama.model, ttt, ids, mask)
+    with pytest.raises(RuntimeError, match="expect"), ttt.read(memory):
+        run(llama.model, ids, mask)
+    with pytest.raises(RuntimeError, match="expect"), ttt.read(memory) as reader:
+        reader.expect(mask[:, :-1])
+        run(llama.model, ids, mask)
+
+
 # ---- on top of an earlier memory ----
+
+def test_a_blind_arm_reads_a_text_without_the_earlier_memory(family, attach):
+    ttt = attach(family, rule="ridge", read_attention=1, **CODES)
+    first, second = token_rows((9, 9)), token_rows((11, 6), seed=5)
+    ids, mask = batch_of(second)
+    before = run(family.model, ids, mask)
+    earlier = write_rows(family.model, ttt, first, PAD)[0]
+    logits, later = write_once(family.model, ttt, ids, mask, memory=earlier)
+    assert torch.equal(logits, before) and later.tokens.tolist() == [20, 15]
+    assert all((later.layers[i].norm() > 0).all() and later.layers[i].keys.shape[1] > earlier.layers[i].keys.shape[1] for i in later.layers)
+
+
+def test_a_blind_arm_reads_a_text_without_the_earlier_memory(family, attach):
+    ttt = attach(family, rule="ridge", read_attention=1, **CODES)
+    first, second = token_rows((9, 9)), token_rows((11, 6), seed=5)
+    ids, mask = batch_of(second)
+    before = run(family.model, ids, mask)
+    earlier = write_rows(family.model, ttt, first, PAD)[0]
+    logits, later = write_once(family.model, ttt, ids, mask, memory=earlier)
+    assert torch.equal(logits, before) and later.tokens.tolist() == [20, 15]
+    assert all((later.layers[i].norm() > 0).all() and later.layers[i].keys.shape[1] > earlier.layers[i].keys.shape[1] for i in later.layers)
+
+
+def test_a_blind_arm_reads_a_text_without_the_earlier_memory(family, attach):
+    ttt = attach(family, rule="ridge", read_attention=1, **CODES)
+    first, second = token_rows((9, 9)), token_rows((11, 6), seed=5)
+    ids, mask = batch_of(second)
+    before = run(family.model, ids, mask)
+    earlier = write_rows(family.model, ttt, first, PAD)[0]
+    logits, later = write_once(family.model, ttt, ids, mask, memory=earlier)
+    assert torch.equal(logits, before) and later.tokens.tolist() == [20, 15]
+    assert all((later.layers[i].norm() > 0).all() and later.layers[i].keys.shape[1] > earlier.layers[i].keys.shape[1] for i in later.layers)
+
 
 def test_writing_on_top_of_a_zeroed_memory_is_writing_afresh(family, attach):
     ttt = attach(family, chunk=4, gate=True)

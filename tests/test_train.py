@@ -56,18 +56,21 @@ def attached():
 
 # ---- the objectives ----
 
+CODES = dict(rule="ridge", ridge=0.02, codes=True, write_attention=2, read_attention=2, unit_targets=True, target="both", blind=True, read_gate=True)
 RIDGE = dict(rule="ridge", key_map=16, unit_targets=True, eta=5.0)
 
 
-@pytest.mark.parametrize("name,options", [*((name, dict(unit_keys=True)) for name in FAMILIES), ("tiny-gemma3", RIDGE)])
+@pytest.mark.parametrize("name,options", [*((name, dict(unit_keys=True)) for name in FAMILIES), ("tiny-gemma3", RIDGE), ("tiny-llama", CODES), ("tiny-gemma3", CODES)])
 def test_recall_learns_to_answer_from_its_own_conversation(name, options, attached):
     """A batch is overfitted; with the memory of another conversation the same adapter must answer worse, or it learned by heart."""
     loaded, batch = tiny(name, torch.float32), conversations()
     ttt = attached(loaded, layers=(0, 1, 2, 3), chunk=None, init="shift", gate=True, **options)
-    optimizer = torch.optim.AdamW(ttt.parameters(), lr=3e-2, weight_decay=0.0)
-    losses = []
-    for _ in range(45):
-        step = recall_step(loaded, ttt, batch, CPU)
+    for fast in ttt.fast.values():
+        fast.value_unit.fill_(5.0 if options.get("codes") else fast.value_unit)  # W_down's entries are tiny here, as are all logits
+    optimizer = torch.optim.AdamW(ttt.parameters(), lr=1e-2 if options.get("codes") else 3e-2, weight_decay=0.0)
+    losses, unaided = [], dict.fromkeys(objectives.AIDS, 0.0)  # these examples do not say where their answers stand
+    for _ in range(90 if options.get("codes") else 45):
+        step = recall_step(loaded, ttt, batch, CPU, unaided)
         step.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -75,7 +78,7 @@ def test_recall_learns_to_answer_from_its_own_conversation(name, options, attach
     examples = batch.examples
     swapped = Batch([replace(example, written=examples[(i + 1) % len(examples)].written) for i, example in enumerate(examples)])
     with torch.no_grad():
-        other = recall_step(loaded, ttt, swapped, CPU)
+        other = recall_step(loaded, ttt, swapped, CPU, unaided)
     assert step.labels == 16 and losses[-1] < losses[0] - 0.25 and losses[-1] < other.loss.item() - 0.25
     assert step.right.item() >= 8 > other.right.item() + 3
 
@@ -133,6 +136,51 @@ def test_the_next_token_objective_on_one_chunk_has_nothing_to_learn_from(attache
     ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None))
     loss = lm_step(loaded, ttt, token_rows((20, 13)), CPU).loss
     assert not loss.requires_grad or all(g is None or not g.any() for g in torch.autograd.grad(loss, list(ttt.parameters()), allow_unused=True))
+
+
+# ---- the aids ----
+
+def asking(loaded, ttt, batch, measures):
+    """(memory, queries, addresses, where they ask, mask) of a batch, as recall_step has them."""
+    ids, mask = objectives.pad_right([e.written for e in batch.examples], 258, CPU)
+    with torch.no_grad(), ttt.write(differentiable=True) as writer:
+        writer.expect(mask)
+        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    return writer, writer.memory(), mask
+
+
+def test_an_address_is_found_when_the_query_is_its_key(attached):
+    """Queries that are the wanted slots' own keys find all of them; queries that are the keys of others find none."""
+    loaded, batch = tiny("tiny-llama"), conversations()
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, blind=True))
+    _, memory, mask = asking(loaded, ttt, batch, {})
+    rows, slots = torch.tensor([0, 1, 1, 3]), torch.tensor([5, 5, 6, 6])  # slots 0 to 4 are alike in all rows
+    asks = torch.zeros(4, 3, dtype=torch.bool)
+    asks[[0, 1, 1, 3], [0, 0, 1, 2]] = True
+    losses = []
+    for shift, share in ((0, 1.0), (1, 0.0)):
+        queries = {i: layer.keys[rows, slots + shift] for i, layer in memory.layers.items()}
+        measures = {}
+        losses.append(objectives.address_loss(memory, queries, slots, asks, mask, measures).item())
+        assert measures["found"].tolist() == [share, share]
+    assert losses[0] < 1.0 < 3.0 < losses[1]
+
+
+def test_prose_is_calm_under_an_empty_memory_and_not_under_a_full_one(attached):
+    loaded, batch = tiny("tiny-qwen3"), conversations()
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, read_attention=1, blind=True))
+    _, memory, _ = asking(loaded, ttt, batch, {})
+    rows = token_rows((9, 5), seed=3)
+    assert objectives.calm_loss(loaded, ttt, memory.scale(0.0), rows, CPU).item() == pytest.approx(0, abs=1e-9)
+    assert objectives.calm_loss(loaded, ttt, memory, rows, CPU).item() > 1e-3
+
+
+def test_the_worth_of_a_token_is_what_its_gate_says():
+    logits, mask = torch.tensor([[9.0, -9.0, -9.0, 9.0]]), torch.tensor([[1, 1, 1, 0]])  # a pad does not count
+    right, wrong, measures = torch.tensor([[1, 0, 0, 0]]), torch.tensor([[0, 1, 1, 0]]), {}
+    assert objectives.worth_loss({1: logits}, right, mask, measures).item() < 0.01
+    assert measures["gate_recall"].tolist() == measures["gate_precision"].tolist() == [1.0]
+    assert objectives.worth_loss({1: logits}, wrong, mask, measures).item() > 5
 
 
 # ---- the command ----

@@ -17,7 +17,7 @@ from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, file_sha256
 from model_utils import MODELS
 from objectives import answer_loss, lm_step, pad_right
-from training_data import IGNORE, BankDataset, Example, TextDataset, batches, load_texts, pack
+from training_data import IGNORE, NOWHERE, BankDataset, Example, TextDataset, batches, load_texts, pack
 
 TOKENIZER = tiny("tiny-llama").tokenizer
 
@@ -166,6 +166,36 @@ def test_questions_and_answers_are_said_in_the_experiments_form():
     said = [(TOKENIZER.decode(q), TOKENIZER.decode(a)) for q, a in example.pairs]
     assert TOKENIZER.decode(example.written) == sample["conversation"] and set(said) <= asked
     assert len(said) == len(set(said)) == min(4, len(sample["probes"]))
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_addresses_name_the_written_token_before_the_one_to_say(lang):
+    """Read back from the tokens: at every address the next written token is the answer's, the line break is nowhere, and each token
+    before a value's token is marked worth writing."""
+    dataset, found = BankDataset(TOKENIZER, (lang,), 4, 6, 8, 0, shown=False), 0
+    for example in (example for update in range(4) for example in dataset[update].examples):
+        assert len(example.worth) == len(example.written) and set(example.worth) <= {0, 1}
+        for (_, answer), addresses in zip(example.pairs, example.addresses):
+            assert len(addresses) == len(answer) and addresses[-1] == NOWHERE
+            known = [(token, at) for token, at in zip(answer, addresses) if at not in (IGNORE, NOWHERE)]
+            said = TOKENIZER.decode([token for token, _ in known]).strip().casefold()
+            assert TOKENIZER.decode([example.written[at + 1] for _, at in known]).strip().casefold() == said
+            assert all(example.worth[at] == 1 for _, at in known)
+            found += len(known)
+    assert found > 300
+
+
+def test_the_size_of_a_memory_is_drawn_and_every_second_group_holds_prose():
+    dataset = BankDataset(TOKENIZER, ("en", "zh"), 40, 8, 4, 0, shown=False, groups=(1, 2, 4))
+    sizes = set()
+    for update in range(40):
+        batch = dataset[update]
+        sizes.add(batch.group)
+        silent = [i // batch.group for i, example in enumerate(batch.examples) if not example.pairs]
+        assert silent == (list(range(0, 8 // batch.group, 2)) if batch.group > 1 else [])
+        assert all(not any(example.worth) and not example.addresses for example in batch.examples if not example.pairs)
+        assert bool(batch.calm) == (update % 4 == 0)
+    assert sizes == {1, 2, 4}
 
 
 def test_languages_take_turns_and_prose_comes_every_fourth_update():
