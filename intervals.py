@@ -51,7 +51,7 @@ RATIOS = {
     "merged_4_ratio": Ratio(("B_memory", "B_merged_4"), (), (1,),
                             lambda em: em["B_merged_4"], lambda em: em["B_memory"]),
 }
-PAIRS = (("B_memory", "C_nothing"), ("B_memory", "B_swapped"), ("D_distractor", "B_memory"), ("A_context", "B_memory"))
+PAIRS = (("B_memory", "C_nothing"), ("B_memory", "B_swapped"), ("D_distractor", "B_memory"), ("A_context", "B_memory"), ("A_foreign", "A_context"))
 
 
 def probe_key(row):

@@ -17,6 +17,7 @@ MEANINGS = {
     "B_merged_8": "EM with eight conversations in one memory",
     "P_paper": "EM with memory and the conversation still in the prompt, as the paper evaluates",
     "N_noise": "EM with a random update of the memory's norm",
+    "A_foreign": "A_context with another conversation's memory attached: what a memory costs what it does not know",
     "D_512": "EM when the first 512 tokens of unrelated text were written after the conversation",
     "D_1024": "the same with 1,024 tokens",
     "D_2048": "the same with 2,048 tokens",

@@ -20,7 +20,7 @@ CURVE_FIELDS = {"update": (int,), "loss": (float, int), "token_accuracy": (float
 POSITIONS = ("front", "middle", "back")
 
 CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "B_swapped", "D_distractor",
-              "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise",
+              "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise", "A_foreign",
               "D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64")  # the order in tables and figures
 # what stands along each curve of memory_curves.png: (what is varied, level, ((label, condition), ...))
 CURVES = (("conversations in one memory", 1, (("1", "B_memory"), ("2", "B_merged_2"), ("4", "B_merged_4"), ("8", "B_merged_8"))),

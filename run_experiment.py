@@ -62,6 +62,7 @@ CONDITIONS = {c.name: c for c in (
     Condition("B_merged_8", (1,), written="merged", merge=8),
     Condition("P_paper", (1, 2, 3), written="conversation", shown="conversation", one_pass=True),
     Condition("N_noise", (1, 2), written="noise"),
+    Condition("A_foreign", (1, 2, 3), written="swapped", shown="conversation"),
     *(Condition(f"D_{n}", (3,), written="distractor", distractor_tokens=n) for n in (512, 1024, 2048)),
     *(Condition(f"B_rank_{k}", (1,), written="conversation", rank=k) for k in (1, 4, 16, 64)),
 )}

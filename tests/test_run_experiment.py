@@ -208,13 +208,13 @@ def test_the_table_of_conditions_is_the_designs():
                 Condition("C_nothing", (1, 2, 3)), Condition("D_distractor", (3,), both), Condition("B_swapped", (1, 2, 3), "swapped"),
                 *(Condition(f"B_merged_{k}", (1,), "merged", merge=k) for k in (2, 4, 8)),
                 Condition("P_paper", (1, 2, 3), conversation, conversation, one_pass=True), Condition("N_noise", (1, 2), "noise"),
-                *(Condition(f"D_{n}", (3,), both, distractor_tokens=n) for n in (512, 1024, 2048)),
+                Condition("A_foreign", (1, 2, 3), "swapped", conversation), *(Condition(f"D_{n}", (3,), both, distractor_tokens=n) for n in (512, 1024, 2048)),
                 *(Condition(f"B_rank_{k}", (1,), conversation, rank=k) for k in (1, 4, 16, 64))]
     assert list(CONDITIONS.values()) == expected and list(CONDITIONS) == [c.name for c in expected]
     assert set(CONDITIONS) == set(results_files.CONDITIONS)
 
 
-PLAIN = [name for name in CONDITIONS if CONDITIONS[name].merge == 1 and name != "B_swapped"]
+PLAIN = [name for name in CONDITIONS if CONDITIONS[name].merge == 1 and CONDITIONS[name].written != "swapped"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -245,6 +245,13 @@ def test_a_swapped_memory_is_another_samples_and_never_its_own(whole):
         written = {k: found[k][0] for k in own}
         assert all(len(texts) == 1 and texts[0] != own[k] and texts[0] in own.values() for k, texts in written.items())
         assert len({texts[0] for texts in written.values()}) == len(own)  # everybody's memory is somebody's
+
+
+def test_a_foreign_memory_stands_beside_the_own_text(whole):
+    found, swapped = whole.texts("A_foreign"), whole.texts("B_swapped")
+    assert set(found) == set(whole.samples)
+    for sample_id, (written, head, _) in found.items():
+        assert written == swapped[sample_id][0] and head.endswith(prompts.FORMS["en"].header + whole.samples[sample_id]["conversation"])
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])
@@ -313,7 +320,8 @@ def test_noise_has_the_norm_of_the_memory_and_not_its_answers(whole):
 def test_conditions_answer_differently(whole):
     """The models of these tests are sensitive to what they are given; else equal answers below would mean nothing."""
     answers = lambda name: [r["prediction"] for r in sorted(whole.rows, key=lambda r: r["probe_id"]) if r["condition"] == name and r["level"] == 3]
-    names = [c.name for c in CONDITIONS.values() if 3 in c.levels and c.name not in results_files.ON_CURVES]
+    # a distractor is short here, so D of every length is D; and a swapped memory as strong as the test's drowns the text beside it
+    names = [c.name for c in CONDITIONS.values() if 3 in c.levels and c.name not in (*results_files.ON_CURVES, "A_foreign")]
     assert len({tuple(answers(name)) for name in names}) == len(names) and len(set(answers("B_memory"))) > 2
 
 
