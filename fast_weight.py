@@ -1,6 +1,6 @@
 """The trained part of the mechanism: one FastWeight per TTT layer, and the settings that say how it writes.
 
-The formulas are those at the head of in_place_ttt.py; shape letters as there, and Z: width of the write attention.
+The formulas are those at the head of in_place_ttt.py; shape letters as there, and Z: width of the write or the read attention.
 """
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class TTTConfig:
     kernel: int = 5                   # width of the depthwise conv that builds the target (odd: symmetric)
     target: str = "hidden_states"     # what the target is made of: the MLP's input, the token embeddings, or the sum of both
     init: str = "paper"               # paper: conv 0, P diagonal N(0, 0.02); shift: target = next token, P = 0.1 I
-    unit_keys: bool = False           # keys and queries on the unit sphere, so that no token shouts the others down
-    gate: bool = False                # learned write strength per token in (0, 2), 1 at init
+    unit_keys: bool = False           # h on the unit sphere, so that no token shouts the others down (codes and maps always are)
+    gate: bool = False                # learned write strength per token, in (0, 2) and 1 at init unless sparse
     rule: str = "hebbian"             # hebbian: outer products are summed; ridge: solved for, so that they do not overlap
     ridge: float = 0.1                # where ridge's learned lambda starts
     key_map: int = 0                  # rank of the learned maps from x to keys and to queries; 0: h is both
-    unit_targets: bool = False        # targets at unit RMS and values in units of W_down's RMS entry: one eta for every base
+    unit_targets: bool = False        # targets at unit RMS, values in units of W_down's RMS entry unless calibrated: one eta for all
     codes: bool = False               # keys and queries are outer products of two learned codes of x: they meet where both do
     write_attention: int = 0          # heads of attention over the written text that inform keys and gate; 0: none
     read_attention: int = 0           # heads of attention over the question so far that inform its queries; 0: none

@@ -6,7 +6,8 @@ layer writes one outer product per token and reads the sum of all finished chunk
     target   t_i  = sum_k conv_k * x_{i+k}        depthwise conv, symmetric, never across a chunk border
     value    v_i  = eta * u * g_i * (t_i P)       P multiplies on the right; g_i = 1 unless the write gate is on
     update   dW_c = sum_{i in chunk c} v_i (x) h_i
-    output   O_i  = h_i (W_down + sum_{c' < chunk(i)} dW_c')^T          apply first, then update
+    output   O_i  = h_i (W_down + sum_{c' < chunk(i)} dW_c')^T          apply first, then update; with keys other than h the
+                    update's share is read with the token's query in place of h_i
 
 u = 1, except with unit targets: there x is taken at unit RMS and u is the RMS of W_down's entries, or (calibrated) of the
 residual stream at the layer, so that one step size suits bases whose activations and weights differ in size by orders of
@@ -18,7 +19,10 @@ magnitude. Options change the write:
              h itself, k_i = a_i (x) b_i, so that q k_i = cos(a_q, a_i) cos(b_q, b_i): both must meet (key map: one learned map)
     write attention    keys and gate also know what attention over the text gathers around a token
     read attention     queries also know what attention over the question so far gathers
+    attend embeddings  both attentions gather token embeddings too
     sparse   the gate has exact zeros, and a token of strength 0 leaves no slot in the memory
+    read gate  a learned share of what is read is taken
+    blind    a text is read by the base alone while it is written, whatever was written before
     target both        t_i P is the sum of such a term from the token embeddings and one from x
 
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.

@@ -77,7 +77,8 @@ class LayerMemory:
         if self.is_dense:
             out_BMD = query_BMF.to(self.update.dtype) @ self.update.transpose(1, 2)
         else:
-            out_BMD = (query_BMF @ self.keys.transpose(1, 2)).to(self.values.dtype) @ self.values
+            # a dense update that was compacted has keys of the update's dtype
+            out_BMD = (query_BMF.to(self.keys.dtype) @ self.keys.transpose(1, 2)).to(self.values.dtype) @ self.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
 
     def to_dense(self) -> "LayerMemory":
@@ -115,7 +116,8 @@ class LayerMemory:
             left, scale, right = torch.linalg.svd(small_v @ small_k.transpose(1, 2))
             left, right = basis_v @ left, right @ basis_k.transpose(1, 2)
         values_BRD = (left * scale.unsqueeze(1))[:, :, :rank].transpose(1, 2).contiguous()
-        return LayerMemory.factored(right[:, :rank].contiguous(), values_BRD)
+        keys_BRF = right[:, :rank].contiguous()
+        return LayerMemory.factored(keys_BRF if self.is_dense else keys_BRF.to(self.keys.dtype), values_BRD)
 
     def where(self, wanted_BS: torch.Tensor) -> "LayerMemory":
         """Factored: only the wanted slots, moved to the left end; a row with fewer has slots without a value at the right."""
@@ -200,11 +202,13 @@ class Memory:
     def noise_like(self, generator: torch.Generator) -> "Memory":
         """A random update with this one's Frobenius norm in every layer and row: the perturbation control.
 
-        Gaussian factors with as many slots as were written (capped by the layer's rank), so it is low-rank like a memory.
+        Gaussian factors with as many slots as tokens were written (capped by the layer's rank), so it is low-rank like a memory.
         """
+        written = int(self.tokens.max())
+
         def random_layer(layer: LayerMemory) -> LayerMemory:
             shape = layer.update.shape if layer.is_dense else (layer.batch, layer.values.shape[2], layer.keys.shape[2])
-            slots = min(shape[1], shape[1] if layer.is_dense else layer.keys.shape[1])
+            slots = max(1, min(shape[1], written))  # not the slots the batch happens to have: its neighbours must not matter
             like = layer.update if layer.is_dense else layer.values
             draw = lambda width: torch.randn(shape[0], slots, width, generator=generator).to(like)
             noise = LayerMemory.factored(draw(shape[2]).to((layer.update if layer.is_dense else layer.keys).dtype), draw(shape[1]))

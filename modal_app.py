@@ -158,8 +158,9 @@ def smoke(conditions: str = CONDITIONS, langs: str = ""):
     """Every script once on a tiny random model: a wrong option, image or upload shows here, before it costs anything."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(HERE / BENCHMARK, folder)
-        small = ["--conversations", 2, "--groups", "1,2"]  # it is the options that are tried, not the training
-        commands = [("sanity.py", "--tiny"), train_command("tiny-llama", "recall", "smoke-recall", 2, 0, False) + small]
+        small = ["--conversations", 2]  # it is the options that are tried, not the training
+        recall = train_command("tiny-llama", "recall", "smoke-recall", 2, 0, False) + small + ["--groups", "1,2"]
+        commands = [("sanity.py", "--tiny"), recall]
         if "A_tuned" in conditions.split(","):
             commands.append(train_command("tiny-llama", "context", "smoke-tuned", 2, 0, False) + small)
         commands.append(experiment_command("tiny-llama", "smoke-recall", "smoke-tuned", conditions, langs, 1,

@@ -4,7 +4,7 @@ The batches come from training_data.py: a Batch of Examples for recall and conte
 
 Beside the answers' cross-entropy a recall arm with codes has three aids, which say directly what the memory is for:
     address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among all
-              slots of the batch and a null that stands for "nothing written" (InfoNCE; the line break and prose ask the null)
+              slots of the batch and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
     worth     the write gate is to open where a fact's value follows, and nowhere else (binary cross-entropy)
     calm      prose read with a memory attached is to be predicted as without (Kullback-Leibler)
 """
@@ -21,7 +21,7 @@ from memory import Memory
 from model_utils import Loaded
 from training_data import IGNORE, NOWHERE, Batch, Packed, pack
 
-SHARPNESS = 30.0    # logit of an address a query meets fully; one of in_place_ttt's products of cosines is at most 1
+SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 NULL = 0.4          # what a query must meet better than to be no query for nothing
 AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3}  # weights beside the answers' loss (DECISIONS.md)
 
@@ -82,14 +82,16 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
         answered = answer_loss(loaded, packed)
     loss, measures = answered.loss, {}
     if ttt.config.codes:
-        worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
-        aids = {"address": address_loss(memory, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, measures),
-                "worth": worth_loss(writer.worth, worth, mask, measures)}
+        aids = {"address": address_loss(memory, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, measures)}
+        if ttt.config.gate:
+            worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
+            aids["worth"] = worth_loss(writer.worth, worth, mask, measures)
         if batch.calm:
             aids["calm"] = calm_loss(loaded, ttt, memory, batch.calm, device)
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
-    return Step(loss, answered.labels, answered.right, answered.tokens + ids.numel(), memory, measures)
+    tokens = answered.tokens + ids.numel() + 2 * sum(map(len, batch.calm))  # calm prose is read twice
+    return Step(loss, answered.labels, answered.right, tokens, memory, measures)
 
 
 def address_loss(memory: Memory, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, measures: dict) -> torch.Tensor:
@@ -107,8 +109,9 @@ def address_loss(memory: Memory, queries: dict, address_M: torch.Tensor, asks_BT
         summed = cross_entropy(SHARPNESS * meets_MN, wanted_M, ignore_index=IGNORE, reduction="sum")
         losses.append(summed / (wanted_M != IGNORE).sum().clamp(min=1))  # a batch may know no address at all
         with torch.no_grad():
-            found.append((meets_MN.argmax(1) == wanted_M)[in_text_M].float().mean())
-    measures["found"] = torch.stack(found)  # share of answer tokens whose slot is the one met best, by layer
+            found.append((meets_MN.argmax(1) == wanted_M)[in_text_M].float())
+    if in_text_M.any():  # share of answer tokens whose slot is the one met best, by layer
+        measures["found"] = torch.stack(found).mean(1)
     return torch.stack(losses).mean()
 
 
@@ -118,7 +121,7 @@ def worth_loss(logits: dict, worth_BS: torch.Tensor, mask_BS: torch.Tensor, meas
     wanted = worth_BS[real].float()
     judged = torch.stack([logit[real] for logit in logits.values()])
     with torch.no_grad():
-        open_ = (judged > 0).float()
+        open_ = (judged > 0).float()  # above half its strength; a sparse gate leaves a slot already from -2.4 on
         measures["gate_recall"] = (open_ * wanted).sum(1) / wanted.sum().clamp(min=1)
         measures["gate_precision"] = (open_ * wanted).sum(1) / open_.sum(1).clamp(min=1)
     return binary_cross_entropy_with_logits(judged, wanted.expand_as(judged))

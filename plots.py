@@ -24,6 +24,7 @@ def draw_all(report, curves, folder):
     """Write the figures into folder; returns a line for each that could not be made (an old file of it is removed)."""
     folder.mkdir(parents=True, exist_ok=True)
     reasons = {"b_vs_d": "B_memory and D_distractor have no level-3 conversation in common",
+               "em_by_condition": "every condition that ran is a point of a curve", "category_heatmap": "every condition that ran is a point of a curve",
                "em_by_position": "no prediction has a position",
                "memory_curves": "no arm has two points of a curve (B_merged, D of several lengths, B_rank)",
                "training_curve": "no run's adapter has a train.jsonl"}
@@ -85,7 +86,9 @@ def span(values):
 # --- figures --------------------------------------------------------------------------------------------------
 
 def em_by_condition(report):
-    panels = panels_of(report)
+    panels = panels_of(report, lambda arm, lang: set(names_of([arm], "conditions", lang)) - set(ON_CURVES))
+    if not panels:
+        return None
     figure, axes = grid(panels, 6.0, [2.9] * len(panels),
                         "Exact match by condition and level\n(bars: 95% bootstrap over conversations)")
     for ax, (arm, lang) in zip(axes, panels):
@@ -124,7 +127,9 @@ def pooled_cells(arm, lang, field):
 
 
 def category_heatmap(report):
-    panels = panels_of(report)
+    panels = panels_of(report, lambda arm, lang: pooled_cells(arm, lang, "by_category"))
+    if not panels:
+        return None
     tables = [pooled_cells(arm, lang, "by_category") for arm, lang in panels]
     figure, axes = grid(panels, 7.4, [0.38 * len(table) for table in tables],
                         "Exact match by condition and category (small: n probes; L: levels pooled)")
@@ -216,10 +221,12 @@ def memory_curves(report):
               if len(points) > 1] for _, level, steps in CURVES]
     if not any(lines):
         return None
+    everybody = list(dict.fromkeys((arm["model"], arm["arm"], lang) for drawn in lines for arm, lang, _ in drawn))
     figure = Figure(figsize=(11.5, 4.2))
     figure.suptitle("Exact match against what a memory holds and keeps (bars: 95% bootstrap over conversations)")
     for ax, (what, level, steps), drawn in zip(figure.subplots(1, len(CURVES)), CURVES, lines):
-        for index, (arm, lang, points) in enumerate(drawn):
+        for arm, lang, points in drawn:
+            index = everybody.index((arm["model"], arm["arm"], lang))  # the same colour in every panel
             ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
                         color=COLORS[index % len(COLORS)], markersize=4, linewidth=1, capsize=2,
                         label=f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]} (n = {span([cell['n'] for cell in points.values()])})")
@@ -240,7 +247,7 @@ def curve_points(arm, lang, level, steps):
 
 
 def training_curve(curves):
-    """Loss and token accuracy per update; a running mean where a log is long enough to be noisy."""
+    """Loss of the answers (without what aids add to it) and token accuracy per update; a running mean where a log is long."""
     if not curves:
         return None
     figure = Figure(figsize=(9.6, 3.4 + 0.2 * len(curves)))
@@ -248,7 +255,7 @@ def training_curve(curves):
     for ax, field, label in zip(figure.subplots(1, 2), ("loss", "token_accuracy"), ("loss", "token accuracy")):
         for index, (name, rows) in enumerate(curves.items()):
             updates = np.array([row["update"] for row in rows])
-            values = np.array([row[field] for row in rows], dtype=float)
+            values = np.array([row.get("answers", row[field]) if field == "loss" else row[field] for row in rows], dtype=float)
             style = {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
             width = max(1, len(rows) // 50)
             if width > 1:

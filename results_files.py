@@ -28,7 +28,7 @@ CURVES = (("conversations in one memory", 1, (("1", "B_memory"), ("2", "B_merged
                                                          ("all", "D_distractor"))),
           ("rank kept of each layer's update", 1, (("1", "B_rank_1"), ("4", "B_rank_4"), ("16", "B_rank_16"), ("64", "B_rank_64"),
                                                    ("all", "B_memory"))))
-ON_CURVES = ("D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64")  # in no other figure
+ON_CURVES = tuple(name for name in CONDITIONS if name.startswith(("D_5", "D_1", "D_2", "B_rank_")))  # in no other figure
 
 MEMORYLESS = ("A_context", "A_distractor", "A_tuned", "C_nothing")  # answers that do not depend on the fast weights
 

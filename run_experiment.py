@@ -2,7 +2,7 @@
 
     python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-codes --out results/smollm2-codes
 
-What each condition tells is in the CONDITIONS table below. Rows go to OUT/predictions.jsonl as they come; OUT/run.json holds
+What each condition does is in the CONDITIONS table below, what it tells in report_tables.MEANINGS. Rows go to OUT/predictions.jsonl as they come; OUT/run.json holds
 everything needed to repeat the run. An interrupted run goes on with --resume.
 """
 from __future__ import annotations

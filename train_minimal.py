@@ -37,6 +37,7 @@ from training_state import STATE, identity, keep_log, resume, save_state
 
 UPDATES = {"recall": 679, "lm": 520, "context": 520}  # what fitted into the sessions of the reported runs
 LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
+GROUPS = "1,1,2,4"
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
@@ -93,7 +94,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
                     "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
                     "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
         measured |= {name: t.tolist() for name, t in result.measures.items()}
-        log.write(json.dumps({k: rounded(v) for k, v in measured.items()}) + "\n")
+        log.write(json.dumps({k: rounded(v) for k, v in measured.items()}, allow_nan=False) + "\n")
         bar.set_postfix_str(progress(measured))
         if (update + 1) % arguments.save_every == 0 or update + 1 == arguments.updates:
             log.flush()
@@ -151,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
     data.add_argument("--conversations", type=int, default=32, help="conversations per update (default: %(default)s)")
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
-    data.add_argument("--groups", default="1,1,2,4", help="sizes to draw from: so many conversations are written into one memory (default: %(default)s)")
+    data.add_argument("--groups", help=f"for recall: sizes to draw from, so many rows are written into one memory (default: {GROUPS})")
     data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
     aids = parser.add_argument_group("aids of a recall arm with codes (objectives.py): weights beside the answers' loss")
     for name, weight in AIDS.items():
@@ -171,6 +172,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
+    if arguments.objective == "recall":
+        arguments.groups = arguments.groups or GROUPS
+    elif arguments.groups:
+        raise UserError(f"--groups {arguments.groups}: only the recall objective writes several conversations into one memory; leave it out")
     arguments.lr = LR[arguments.objective] if arguments.lr is None else arguments.lr
     if not arguments.lr > 0:
         raise UserError(f"--lr {arguments.lr:g}: use a number above 0")
@@ -221,8 +226,11 @@ def make_dataset(arguments, config, loaded: Loaded, langs):
         texts, sha = load_texts(arguments.data, langs)
         return TextDataset(loaded.tokenizer, texts, *common, LM_LENGTH, arguments.seed), sha
     shown = arguments.objective == "context"
-    groups = (1,) if shown or config.chunk else parse_groups(arguments)  # finished chunks are applied at once, so not side by side
-    return BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups), training_bank.bank_sha256()
+    groups = (1,) if shown else parse_groups(arguments)
+    if config and config.chunk and groups != (1,):
+        raise UserError(f"--groups {arguments.groups}: finished chunks are applied at once, so rows cannot be written side by side; use --groups 1")
+    calm = bool(config and config.codes and arguments.calm)
+    return BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, calm), training_bank.bank_sha256()
 
 
 def main() -> None:
@@ -246,7 +254,8 @@ def main() -> None:
                 "frozen": ttt is not None, "seed": arguments.seed, "ttt": config.to_dict() if config else None,
                 "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
-                              "probes": arguments.probes, "groups": arguments.groups, "aids": aid_weights(arguments)}, **provenance(), "device": reason}
+                              "probes": arguments.probes, "groups": arguments.groups,
+                              "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:

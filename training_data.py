@@ -48,11 +48,12 @@ class BankDataset(Dataset):
 
     shown: whether the prompt shows the conversation (A_tuned) or only asks about it (the memory arms).
     groups: sizes of memory to draw from, each update its own: so many neighbouring rows are written into one memory. In
-    groups of two and more, one row is unrelated prose in every second group.
+    groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
+    calm: whether every fourth update also brings prose to be read with a memory attached.
     """
 
-    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,)):
-        self.tokenizer, self.langs, self.updates, self.groups = tokenizer, langs, updates, tuple(groups)
+    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,), calm=False):
+        self.tokenizer, self.langs, self.updates, self.groups, self.calm = tokenizer, langs, updates, tuple(groups), calm
         self.conversations, self.probes, self.seed, self.shown = conversations, probes, seed, shown
 
     def __len__(self) -> int:
@@ -64,9 +65,10 @@ class BankDataset(Dataset):
         group = rng.choice(self.groups)
         examples = [self.example(rng, self.langs[i // group % len(self.langs)], prose) for i in range(self.conversations)]
         if group > 1:
-            for first in range(0, self.conversations, 2 * group):
-                examples[first + rng.randrange(group)] = self.prose(rng, self.langs[first // group % len(self.langs)])
-        calm = [] if self.shown or update % CALM_EVERY else [self.passage(rng, self.langs[i % len(self.langs)], CALM_TOKENS)
+            for number in range(self.conversations // group):
+                if number // len(self.langs) % 2 == 0:
+                    examples[number * group + rng.randrange(group)] = self.prose(rng, self.langs[number % len(self.langs)])
+        calm = [] if not self.calm or update % CALM_EVERY else [self.passage(rng, self.langs[i % len(self.langs)], CALM_TOKENS)
                                       for i in range(max(1, self.conversations // 4))]
         return Batch(examples, group, calm)
 
@@ -132,10 +134,11 @@ class Places:
         return marks
 
     def addresses(self, probe: dict) -> list[int]:
-        """For each token of the answer, the written token before the one that says the same; NOWHERE for the line break,
-        IGNORE where the value is not found in the fact's own words."""
+        """For each token of the answer, the written token before the one that is the same; NOWHERE for the line break, IGNORE
+        where the value is not found in the fact's own words or its tokens are others there (a capital, another cut)."""
         text = prompts.FORMS[self.lang].answer.format(answer=probe["gold_answer"])
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = coded.offset_mapping
         lead = len(text) - len(text.lstrip())
         stretch = self.stretch.get(probe["required_facts"][-1])
         if stretch is None:
@@ -143,13 +146,14 @@ class Places:
         places, first = [], self.first_token(stretch[0])
         for number, (begin, end) in enumerate(offsets):
             if begin >= lead + len(probe["gold_answer"]):
-                places.append(NOWHERE)
+                places.append(NOWHERE)  # what follows the value: the line break
                 continue
             at = first if number == 0 else self.token_at(stretch[0] + max(begin - lead, 0))
             if places and at <= places[-1] + 1 and begin == offsets[number - 1][0]:
                 at = places[-1] + 2  # one character in several tokens
-            places.append(at - 1 if at else IGNORE)
-        return places
+            places.append(at - 1)
+        same = lambda place, token: place == NOWHERE or 0 <= place < len(self.ids) - 1 and self.ids[place + 1] == token
+        return [place if same(place, token) else IGNORE for place, token in zip(places, coded.input_ids)]
 
 
 class TextDataset(Dataset):

@@ -17,10 +17,14 @@ STATE = "state.safetensors"  # parameters in float32 and AdamW's moments: what -
 def identity(manifest: dict, updates: int) -> dict:
     """What must be equal for a resumed run to end where an uninterrupted one would."""
     names = ("model_sha256", "objective", "seed", "ttt", "lora", "langs", "data_sha256", "optimizer")
-    mine = {name: manifest.get(name) for name in names} | {"updates": updates}
-    if mine["ttt"]:  # a manifest from before an option existed means its default
-        mine["ttt"] = TTTConfig(**mine["ttt"]).to_dict()
-    return mine
+    return {name: manifest.get(name) for name in names} | {"updates": updates}
+
+
+def current(identity: dict) -> dict:
+    """An identity from before an option existed, with that option's value of then."""
+    groups = "1" if identity["objective"] == "recall" else None
+    optimizer = {"groups": groups, "aids": None} | identity["optimizer"]
+    return identity | {"optimizer": optimizer, "ttt": identity["ttt"] and TTTConfig(**identity["ttt"]).to_dict()}
 
 
 def save_state(folder: Path, trained: dict, optimizer, mine: dict, done: int) -> None:
@@ -62,6 +66,7 @@ def resume(folder: Path, mine: dict, trained: dict, optimizer) -> int:
 
 
 def check_same(folder: Path, earlier: dict, mine: dict) -> None:
+    earlier, mine = current(earlier), current(mine)
     for name, value in mine.items():
         if earlier[name] != value:
             raise UserError(f"{folder}: was trained with another {name.removesuffix('_sha256')}; repeat its command, or name another --arm")

@@ -224,6 +224,14 @@ def test_compacting_to_full_rank_changes_nothing(dense):
         assert compacted.layers[1].keys.shape == (3, min(rank, D if dense else 3), F) and compacted.tokens.tolist() == memory.tokens.tolist()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_compacted_memory_is_read_by_a_model_in_bfloat16(dense):
+    memory = make(keys_dtype=torch.bfloat16) if not dense else make(dense=True)._map(lambda layer: layer.map(torch.Tensor.float))
+    query = torch.randn(3, 2, F, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    for i, layer in memory.compact(100).layers.items():
+        torch.testing.assert_close(layer.read(query).float(), memory.layers[i].read(query).float(), atol=0.1, rtol=0.1)
+
+
 def test_compacting_to_rank_one_leaves_the_other_singular_values():
     memory = make(slots=5)
     for i, update in updates(memory.compact(1)).items():
@@ -236,6 +244,14 @@ def test_compacting_to_rank_one_leaves_the_other_singular_values():
 def test_compacting_to_nothing_is_refused():
     with pytest.raises(ValueError, match="rank is 0"):
         make().compact(0)
+
+
+def test_a_rows_noise_does_not_depend_on_its_neighbours():
+    """A batch makes every row as wide as its longest; the noise of a row must not show how wide that was."""
+    memory = make(slots=3)
+    wider = Memory({i: layer.padded(7) for i, layer in memory.layers.items()}, memory.tokens, memory.chunks, memory.weight_norms)
+    one, other = (m.select([1]).noise_like(torch.Generator().manual_seed(4)) for m in (memory, wider))
+    assert_updates(one, updates(other))
 
 
 @pytest.mark.parametrize("memory", [make(), make(slots=9), make(dense=True), make(keys_dtype=torch.bfloat16)])
@@ -256,7 +272,7 @@ def test_noise_like_an_empty_memory_is_empty():
 
 
 def test_noise_has_no_more_rank_than_was_written():
-    noise = updates(make(slots=2).noise_like(torch.Generator().manual_seed(0)))
+    noise = updates(make(rows=1, slots=2).noise_like(torch.Generator().manual_seed(0)))  # of two tokens
     assert (torch.linalg.matrix_rank(noise[1], rtol=1e-4) == 2).all()
 
 

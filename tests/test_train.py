@@ -166,6 +166,14 @@ def test_an_address_is_found_when_the_query_is_its_key(attached):
     assert losses[0] < 1.0 < 3.0 < losses[1]
 
 
+def test_an_update_without_an_address_has_a_loss_and_no_share_found(attached):
+    """As when no value of a small batch stands in its text word for word: nothing to find, nothing that is not a number."""
+    loaded, batch = tiny("tiny-llama"), conversations()
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, blind=True))
+    step = recall_step(loaded, ttt, batch, CPU)
+    assert step.loss.isfinite() and step.measures["address"] == 0 and "found" not in step.measures and "worth" not in step.measures
+
+
 def test_prose_is_calm_under_an_empty_memory_and_not_under_a_full_one(attached):
     loaded, batch = tiny("tiny-qwen3"), conversations()
     ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, read_attention=1, blind=True))
@@ -187,7 +195,8 @@ def test_the_worth_of_a_token_is_what_its_gate_says():
 
 def command(out, *more, model="tiny-llama", objective="recall", updates=4):
     return ["train_minimal.py", "--model", model, "--objective", objective, "--arm", "a", "--out", str(out), "--updates", str(updates),
-            "--conversations", "1", "--groups", "1", "--probes", "2", "--warmup", "1", "--workers", "0", "--device", "cpu", *map(str, more)]
+            "--conversations", "1", *(["--groups", "1"] if objective == "recall" else []), "--probes", "2", "--warmup", "1", "--workers", "0",
+            "--device", "cpu", *map(str, more)]
 
 
 @pytest.fixture
@@ -395,7 +404,7 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_arm_stays(tmp_pa
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
 
 
-CHANGES = [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1), ("--objective", "context")]
+CHANGES = [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1), ("--objective", "context", "--groups", "")]
 
 
 @pytest.mark.parametrize("finished, change", [*((False, c) for c in CHANGES), (True, CHANGES[0]), (True, CHANGES[2])])
