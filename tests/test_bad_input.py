@@ -47,7 +47,8 @@ def experiment(kit, *more, model="tiny-llama", benchmark=None):  # noqa: F811
 
 
 def training(*more, model="tiny-llama"):
-    return ["train_minimal.py", "--model", model, "--arm", "a", "--updates", "1", "--conversations", "1", "--groups", "1", "--workers", "0", *more]
+    return ["train_minimal.py", "--model", model, "--arm", "a", "--updates", "1", "--conversations", "1", "--workers", "0",
+            *([] if "--objective" in more else ["--groups", "1"]), *more]
 
 
 # ---- the model ----
