@@ -95,6 +95,15 @@ def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memor
     return writer.memory(), past
 
 
+def whole_rows(model, rows: list[list[int]], pad_id: int, session=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [B, L, V] of every token of the rows from one call, with their ids and mask [B, L] (session: as in `forward`)."""
+    ids, mask = pad_left(rows, pad_id, next(model.parameters()).device)
+    if session is not None:
+        session.expect(mask)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits, ids, mask
+
+
 @functools.lru_cache(maxsize=4)
 def stop_ids(tokenizer) -> frozenset[int]:
     """Tokens that end an answer: end of text, end of turn, and everything with a line break in it."""

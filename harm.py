@@ -19,22 +19,18 @@ from tqdm import tqdm
 
 import benchmark_file
 import prompts
-from decoding import pad_left, write_rows
+from decoding import whole_rows, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
-from model_utils import Loaded, load_adapter, load_model, pick_device
+from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 
 
 def token_losses(loaded: Loaded, rows: list[list[int]], ttt: InPlaceTTT | None = None, memory: Memory | None = None) -> list[torch.Tensor]:
     """-log p of every token of each row but its first, in nats; with a memory attached where one is given."""
-    ids, mask = pad_left(rows, loaded.tokenizer.pad_token_id, loaded.device)
     with ttt.read(memory) if memory else contextlib.nullcontext() as session:
-        if session is not None:
-            session.expect(mask)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = loaded.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits[:, :-1].float()
-    losses_BL = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        logits, ids, _ = whole_rows(loaded.model, rows, loaded.tokenizer.pad_token_id, session)
+    losses_BL = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return [losses_BL[i, -(len(row) - 1):].cpu() for i, row in enumerate(rows)]
 
 
@@ -90,9 +86,8 @@ def main() -> None:
     samples = [s for s in bench["samples"] if s["lang"] == arguments.lang and s["distractor"]][:arguments.limit]
     if not samples:
         raise UserError(f"--benchmark {arguments.benchmark}: no {arguments.lang} sample has a distractor; name a file with level 3")
-    loaded = load_model(arguments.model)
-    device, dtype, reason = pick_device(arguments.device, arguments.dtype, loaded.row)
-    loaded.model.to(device=device, dtype=dtype)
+    device, dtype, reason = pick_device(arguments.device, arguments.dtype, find_row(arguments.model))
+    loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded)
     rows = measure(loaded, ttt, samples, arguments.tokens, arguments.batch_size)
     found = summary(rows)

@@ -19,16 +19,15 @@ ROW_FIELDS = {"sample_id": (str,), "level": (int,), "lang": (str,), "probe_id": 
 CURVE_FIELDS = {"update": (int,), "loss": (float, int), "token_accuracy": (float, int)}
 POSITIONS = ("front", "middle", "back")
 
+ON_CURVES = ("D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64")  # in no figure but memory_curves.png
 CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "B_swapped", "D_distractor",
-              "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise", "A_foreign",
-              "D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64")  # the order in tables and figures
+              "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise", "A_foreign", *ON_CURVES)  # the order in tables and figures
 # what stands along each curve of memory_curves.png: (what is varied, level, ((label, condition), ...))
 CURVES = (("conversations in one memory", 1, (("1", "B_memory"), ("2", "B_merged_2"), ("4", "B_merged_4"), ("8", "B_merged_8"))),
           ("tokens of unrelated text written after", 3, (("0", "B_memory"), ("512", "D_512"), ("1,024", "D_1024"), ("2,048", "D_2048"),
                                                          ("all", "D_distractor"))),
           ("rank kept of each layer's update", 1, (("1", "B_rank_1"), ("4", "B_rank_4"), ("16", "B_rank_16"), ("64", "B_rank_64"),
                                                    ("all", "B_memory"))))
-ON_CURVES = tuple(name for name in CONDITIONS if name.startswith(("D_5", "D_1", "D_2", "B_rank_")))  # in no other figure
 
 MEMORYLESS = ("A_context", "A_distractor", "A_tuned", "C_nothing")  # answers that do not depend on the fast weights
 

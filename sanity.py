@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 
 import benchmark_file
+import decoding
 import prompts
-from decoding import check_window, forward, greedy, pad_left, prefill, write_rows
+from decoding import check_window, forward, greedy, prefill, write_rows
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, run_script
@@ -98,11 +99,8 @@ def ask(setup: Setup, memory: Memory | None, samples: list[dict], new_tokens: in
 
 def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tensor:
     """Logits [R, V] of the rows' tokens (pads left out) from one forward call; a writer is told what comes."""
-    ids, mask = pad_left(rows, loaded.tokenizer.pad_token_id, loaded.device)
-    if writer is not None:
-        writer.expect(mask)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    return loaded.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits[mask.bool()]
+    logits, _, mask = decoding.whole_rows(loaded.model, rows, loaded.tokenizer.pad_token_id, writer)
+    return logits[mask.bool()]
 
 
 def base_digest(loaded: Loaded) -> str:

@@ -44,7 +44,8 @@ LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_
 SWITCHES = {"codes": "keys and queries as products of two learned codes", "attend-embeddings": "attentions gather embeddings too",
             "sparse": "a gate with exact zeros",
             "read-gate": "learned share of what is read", "calibrated": "values in units of the residual stream",
-            "blind": "texts are read without the earlier memory while they are written"}
+            "blind": "texts are read without the earlier memory while they are written", "unit-keys": "keys on the unit sphere",
+            "unit-targets": "targets at unit RMS", "gate": "learned write strength per token"}
 WINDOW = 25         # updates whose mean loss is compared for divergence
 
 
@@ -144,9 +145,6 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--read-attention", type=int, help="heads of attention over the question, 0 for none (default: the row)")
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
-    arm.add_argument("--unit-keys", action=argparse.BooleanOptionalAction, help="keys on the unit sphere (default: the row)")
-    arm.add_argument("--unit-targets", action=argparse.BooleanOptionalAction, help="targets at unit RMS (default: the row)")
-    arm.add_argument("--gate", action=argparse.BooleanOptionalAction, help="learned write strength per token (default: the row)")
     data = parser.add_argument_group("the data")
     data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
@@ -196,8 +194,7 @@ def ttt_config(arguments, row):
     config = override_ttt(getattr(row, form), layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
                           init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
                           key_map=arguments.key_map, write_attention=arguments.write_attention, read_attention=arguments.read_attention,
-                          **{name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in SWITCHES}, unit_keys=arguments.unit_keys,
-                          unit_targets=arguments.unit_targets, gate=arguments.gate,
+                          **{field: getattr(arguments, field) for field in (name.replace("-", "_") for name in SWITCHES)},
                           chunk=int(chunk) if chunk and chunk != "whole" else None)
     if arguments.objective == "lm" and chunk == "whole":
         raise UserError("--chunk whole: the lm objective reads back only earlier chunks; give a number of tokens")

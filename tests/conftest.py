@@ -1,6 +1,7 @@
 """Tiny random models of every family, in arithmetic wide enough that a wrong formula cannot pass for rounding."""
 import functools
 import os
+import sys
 import types
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import run_script
 from model_utils import load_model
 
 
@@ -69,6 +71,21 @@ def attach():
     for ttt in reversed(attached):
         if any(hasattr(layer.mlp, "base") for layer in ttt._decoder[0].layers):
             ttt.detach()
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main(main, argv) -> (exit code, stdout, stderr) of a script in this process."""
+    def run(main, argv):
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        try:
+            run_script(main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(params=FAMILIES)

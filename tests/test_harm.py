@@ -1,7 +1,6 @@
 """What a memory costs unrelated prose: measured against the library's own loss, zero for an empty memory, and seen when there is one."""
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from conftest import strengthen, tiny, token_rows
 import harm
 from decoding import write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
-from manifests import provenance, run_script
+from manifests import provenance
 from model_utils import load_model, save_adapter
 
 PAD = 258
@@ -55,17 +54,8 @@ def test_the_ratio_is_the_exponential_of_the_mean_gap():
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["harm.py", *map(str, arguments)])
-        try:
-            run_script(harm.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+def call(run_main):
+    return lambda *arguments: run_main(harm.main, ["harm.py", *arguments])
 
 
 def test_the_command_on_a_file_with_distractors(call, tmp_path):

@@ -19,7 +19,7 @@ import model_utils
 import objectives
 import train_minimal
 from in_place_ttt import InPlaceTTT, TTTConfig
-from manifests import read_manifest, run_script
+from manifests import read_manifest
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
 from training_data import Batch, Example
@@ -200,18 +200,9 @@ def command(out, *more, model="tiny-llama", objective="recall", updates=4):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(run_main):
     """call(argv) -> (exit code, stdout, stderr) of train_minimal in this process."""
-    def run(argv):
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            run_script(train_minimal.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda argv: run_main(train_minimal.main, argv)
 
 
 def log_rows(folder):
