@@ -28,11 +28,15 @@ class Fact:
 
 
 class Plan:
-    """Who speaks and what will be said: 2 to 4 speakers, n facts, the pairs of facts that a question can join."""
+    """Who speaks and what will be said: 2 to 4 speakers, n facts, the pairs of facts that a question can join.
 
-    def __init__(self, bank, rng, split, n_facts):
+    topics: ids of the relations that single facts are drawn from; None for all.
+    """
+
+    def __init__(self, bank, rng, split, n_facts, topics=None):
         self.bank, self.rng, self.split = bank, rng, split
         self.relations = bank.forms(split)
+        self.on_topic = [r for r in self.relations if topics is None or r["id"] in topics]
         self.names, self.values, self.facts = set(), set(), []
         self.speakers = [self.new_name("person") for _ in range(rng.choice(SPEAKER_COUNTS))]
         self.owners = {"person": rng.sample(self.speakers, rng.choice((0, 1, 1, 2)))}
@@ -95,7 +99,7 @@ class Plan:
 
     def add_block(self, room):
         """One fact, or the same relation for two or three owners."""
-        relation = self.rng.choice(self.relations)
+        relation = self.rng.choice(self.on_topic)
         owners = self.rng.choice((2, 2, 3)) if self.rng.random() < P_SAME_RELATION else 1
         for _ in range(min(owners, room)):
             self.add_fact(relation, self.pick_owner(relation))

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import pad
 
 from memory import leading, pick_columns, unit
+from side_stream import HEAD, attention, distance_bias, split_heads, unit_rms
 
 TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
 RULES = ("hebbian", "ridge")
 PACE = 10      # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
-HEAD = 32      # width of one head of the write attention
 EMBED_SHARE = 0.1   # a calibrated write starts as a tenth of the residual stream: enough for a tied head to say the token
 
 
@@ -40,9 +40,11 @@ class TTTConfig:
     codes: bool = False               # keys and queries are outer products of two learned codes of x: they meet where both do
     write_attention: int = 0          # heads of attention over the written text that inform keys and gate; 0: none
     read_attention: int = 0           # heads of attention over the question so far that inform its queries; 0: none
-    attend_embeddings: bool = False   # both attentions also gather token embeddings, where a name is alike wherever it stands
+    deep: bool = False                # both attentions are the blocks of side streams, each layer's going on from the one before
     sparse: bool = False              # the gate lies in [0, 1] with exact zeros: a token of strength 0 leaves no slot
     read_gate: bool = False           # learned share in (0, 1) of what is read that a token takes
+    threshold: bool = False           # the read gate also looks at how much is read: a faint answer is no answer
+    value_rank: int = 0               # P is a diagonal and a product of this rank; 0: a full D x D matrix
     calibrated: bool = False          # values in units of the residual stream's RMS at the layer, measured once
     blind: bool = False               # a text is read by the base alone: earlier memory is not applied while writing
 
@@ -65,8 +67,11 @@ class TTTConfig:
             (self.write_attention > 0 and not self.codes, "write_attention informs the codes; switch codes on"),
             (self.read_attention < 0, f"read_attention is {self.read_attention}; use a number of heads, or 0 for none"),
             (self.read_attention > 0 and not (self.codes and self.blind), "read_attention informs the codes of blind arms; switch codes and blind on"),
-            (self.attend_embeddings and not ((self.write_attention or self.read_attention) and self.target != "hidden_states"),
-             "attend_embeddings adds to an attention what the target is made of; switch an attention on and use target input_embed or both"),
+            (self.deep and not (self.write_attention and self.read_attention and self.target != "hidden_states"),
+             "deep makes side streams of both attentions, from the embeddings on; switch both on and use target input_embed or both"),
+            (self.threshold and not (self.read_gate and self.unit_targets), "threshold shapes the read gate by what is read at unit RMS; "
+                                                                            "switch read_gate and unit_targets on"),
+            (self.value_rank < 0, f"value_rank is {self.value_rank}; use a rank of 1 or more, or 0 for a full matrix"),
             (self.sparse and not self.gate, "sparse shapes the gate; switch gate on"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
@@ -95,11 +100,12 @@ class Slots:
 class FastWeight(nn.Module):
     """The trained parameters of one TTT layer.
 
-    conv [D, K], proj P [D, D], and with both targets conv_x, proj_x for the MLP's input beside the embeddings; with the gate:
-    gate [D + Z], gate_bias [1]; with ridge: log_ridge [1]; with a key map of rank R: key_in and query_in [D, R], key_up and
-    query_up [R, F]; with codes of sizes a * b = F: key_code [D + Z, a + b], query_code [D, a + b] and their biases; with the
-    write attention: key_attend [D, 3 Z]; with the read attention: query_attend [D, 3 Z] and query_code is [D + Z, a + b]; where
-    they gather embeddings: key_named and query_named [D, Z]; with the read gate: open [D], open_bias [1].
+    conv [D, K], proj P [D, D] (with a value rank R: proj [D], its diagonal, proj_in [D, R] and proj_out [R, D]), and with both targets
+    conv_x, proj_x and so on for the MLP's input beside the embeddings; with the gate: gate [D + Z], gate_bias [1]; with ridge:
+    log_ridge [1]; with a key map of rank R: key_in and query_in [D, R], key_up and query_up [R, F]; with codes of sizes a * b = F:
+    key_code [D + Z, a + b], query_code [D, a + b] and their biases; with the write attention: key_attend [D, 3 Z]; with the read
+    attention: query_attend [D, 3 Z] and query_code is [D + Z, a + b]; deep: neither, the side streams have them; with the read
+    gate: open [D], open_bias [1]; with the threshold: open_met [1].
     value_unit is the u of in_place_ttt.py: 1, the RMS of the layer's W_down, or (calibrated) a measured number.
     """
 
@@ -108,22 +114,17 @@ class FastWeight(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("value_unit", torch.tensor(value_unit if config.unit_targets else 1.0, dtype=torch.float64), persistent=config.calibrated)
-        self.conv, self.proj = self._target(hidden_size, generator)
+        draw = drawer(generator)
+        self._add_target("", hidden_size, draw)
         if config.target == "both":
-            self.conv_x, self.proj_x = self._target(hidden_size, generator)
+            self._add_target("_x", hidden_size, draw)
             if config.init == "shift":
                 self.proj_x.data.zero_()  # the embeddings speak first
         around, asked = config.write_attention * HEAD, config.read_attention * HEAD
-        draw = lambda rows, columns: torch.randn(rows, columns, generator=generator) / rows ** 0.5
-        if config.write_attention:
+        if config.write_attention and not config.deep:
             self.key_attend = nn.Parameter(draw(hidden_size, 3 * around))
-            if config.attend_embeddings:
-                self.key_named = nn.Parameter(draw(hidden_size, around))
-        if config.read_attention:
+        if config.read_attention and not config.deep:
             self.query_attend = nn.Parameter(draw(hidden_size, 3 * asked))
-            if config.attend_embeddings:  # equal at the start where the heads are: a name is then found by the same name
-                start = self.key_named.detach().clone() if around == asked else draw(hidden_size, asked)
-                self.query_named = nn.Parameter(start)
         if config.gate:
             self.gate = nn.Parameter(torch.zeros(hidden_size + around))
             self.gate_bias = nn.Parameter(torch.full((1,), -1.0 if config.sparse else 0.0))
@@ -141,50 +142,66 @@ class FastWeight(nn.Module):
             self.key_bias, self.query_bias = (nn.Parameter(torch.zeros(sum(self.sizes))) for _ in range(2))
         if config.read_gate:
             self.open, self.open_bias = nn.Parameter(torch.zeros(hidden_size)), nn.Parameter(torch.ones(1))
+        if config.threshold:
+            self.open_met = nn.Parameter(torch.ones(1))
 
-    def _target(self, hidden_size: int, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
-        """(conv, P) at their start."""
-        config, noise = self.config, torch.randn(hidden_size, generator=generator)
-        conv = torch.zeros(hidden_size, config.kernel)
-        if config.init == "paper":
-            return nn.Parameter(conv), nn.Parameter(torch.diag(0.02 * noise))
-        # the next token's state, small: a write means something from the first update on
-        conv[:, min(config.kernel // 2 + 1, config.kernel - 1)] = 1.0
-        return nn.Parameter(conv), nn.Parameter(EMBED_SHARE * torch.eye(hidden_size))
+    def _add_target(self, suffix: str, hidden_size: int, draw) -> None:
+        """conv and P at their start, named with the suffix."""
+        config, conv = self.config, torch.zeros(hidden_size, self.config.kernel)
+        diagonal = 0.02 * draw(1, hidden_size)[0]
+        if config.init == "shift":  # the next token's state, small: a write means something from the first update on
+            conv[:, min(config.kernel // 2 + 1, config.kernel - 1)] = 1.0
+            diagonal = torch.full((hidden_size,), EMBED_SHARE)
+        self.register_parameter("conv" + suffix, nn.Parameter(conv))
+        self.register_parameter("proj" + suffix, nn.Parameter(diagonal if config.value_rank else torch.diag(diagonal)))
+        if config.value_rank:
+            self.register_parameter(f"proj{suffix}_in", nn.Parameter(draw(hidden_size, config.value_rank)))
+            self.register_parameter(f"proj{suffix}_out", nn.Parameter(torch.zeros(config.value_rank, hidden_size)))
 
     # ---- writing ----
 
-    def forward(self, held, bias_BHSS: torch.Tensor | None = None) -> Slots:
+    def forward(self, held, bias_BHSS: torch.Tensor | None = None, around_BSZ: torch.Tensor | None = None) -> Slots:
         """As `slots`; what torch.func calls."""
-        return self.slots(held, bias_BHSS)
+        return self.slots(held, bias_BHSS, around_BSZ)
 
-    def slots(self, held, bias_BHSS: torch.Tensor | None = None) -> Slots:
+    def slots(self, held, bias_BHSS: torch.Tensor | None = None, around_BSZ: torch.Tensor | None = None) -> Slots:
         """What the held tokens would leave (held: in_place_ttt.Pending). Nothing comes from pads, and nothing over a chunk border.
 
-        bias: `write_bias` of the held tokens, where the caller has it.
+        bias: `write_bias` of the held tokens, where the caller has it. around: what the write stream says of them, where deep.
         """
         x_BSD, chunk_BS = self.scaled(held.x), chunk_of(held.position, self.config.chunk)
         informed = x_BSD
         if self.config.write_attention:
-            bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
-            named = self.scaled(held.source) @ self.key_named if self.config.attend_embeddings else None
-            q, k, v = heads_of(x_BSD, self.key_attend, named, held.h.dtype)
-            informed = beside(x_BSD, attention(q, k, v, bias_BHSS))
+            if not self.config.deep:
+                bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
+                around_BSZ = attention(*split_heads(x_BSD @ self.key_attend, held.h.dtype), bias_BHSS)
+            informed = beside(x_BSD, around_BSZ)
         strength_BS, worth_BS = self.strength(informed)
         return Slots(self.key(informed, held.h), self.contents(held, x_BSD, chunk_BS), strength_BS * held.real, worth_BS)
 
     def contents(self, held, x_BSD: torch.Tensor, chunk_BS: torch.Tensor) -> torch.Tensor:
         """u t P, [B, S, D]: what each token has to say, before its strength."""
         source_BSD = x_BSD if self.config.target == "hidden_states" else self.scaled(held.source)
-        content_BSD = convolve(source_BSD, self.conv, held.real, chunk_BS) @ self.proj
+        content_BSD = self.project(convolve(source_BSD, self.conv, held.real, chunk_BS), "proj")
         if self.config.target == "both":
-            content_BSD = content_BSD + convolve(x_BSD, self.conv_x, held.real, chunk_BS) @ self.proj_x
+            content_BSD = content_BSD + self.project(convolve(x_BSD, self.conv_x, held.real, chunk_BS), "proj_x")
         return self.value_unit * content_BSD
+
+    def project(self, target_BSD: torch.Tensor, name: str) -> torch.Tensor:
+        """t P with the P of that name."""
+        proj = getattr(self, name)
+        if self.config.value_rank:
+            return target_BSD * proj + target_BSD @ getattr(self, name + "_in") @ getattr(self, name + "_out")
+        return target_BSD @ proj
+
+    def dense_proj(self, name: str) -> torch.Tensor:
+        """P of that name as a matrix [D, D]."""
+        return self.project(torch.eye(self.conv.shape[0], dtype=self.conv.dtype, device=self.conv.device), name)
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """What targets, gates and maps are made of: x in the adapter's dtype, at unit RMS with unit targets."""
         x = x.to(self.conv.dtype)
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=1e-12)) if self.config.unit_targets else x
+        return unit_rms(x) if self.config.unit_targets else x
 
     def strength(self, informed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(eta times the write gate, its logit), one number a token: [..., D + Z] -> [...]."""
@@ -195,22 +212,22 @@ class FastWeight(nn.Module):
             return self.config.eta * (1.2 * torch.sigmoid(worth) - 0.1).clamp(0, 1), worth
         return self.config.eta * 2 * torch.sigmoid(worth), worth
 
-    def chunk_update(self, held, memory_DF: torch.Tensor) -> torch.Tensor:
+    def chunk_update(self, held, memory_DF: torch.Tensor, known_FF: torch.Tensor, around_BSZ: torch.Tensor | None) -> torch.Tensor:
         """dW [D, F] of one whole chunk without pads (held of one row), by the library's conv1d and a dense solve: what the
-        sequential form writes."""
-        slots = self.slots(held)
+        sequential form writes. known: sum of trust_i k_i (x) k_i of the slots whose targets the memory before still knows."""
+        slots = self.slots(held, around_BSZ=around_BSZ)
         key_CF, weight_C = slots.keys[0].to(memory_DF.dtype), slots.weights[0]
         taps = lambda t_CD, conv: nn.functional.conv1d(t_CD.T, conv[:, None, :], padding=self.config.kernel // 2, groups=t_CD.shape[1]).T
         x_CD = self.scaled(held.x[0])
-        content_CD = taps(x_CD if self.config.target == "hidden_states" else self.scaled(held.source[0]), self.conv) @ self.proj
+        content_CD = taps(x_CD if self.config.target == "hidden_states" else self.scaled(held.source[0]), self.conv) @ self.dense_proj("proj")
         if self.config.target == "both":
-            content_CD = content_CD + taps(x_CD, self.conv_x) @ self.proj_x
+            content_CD = content_CD + taps(x_CD, self.conv_x) @ self.dense_proj("proj_x")
         content_CD = self.value_unit * content_CD
         if self.config.rule == "hebbian":
             return (content_CD * weight_C.unsqueeze(-1)).T @ key_CF
-        # the normal equations in the feed-forward dimension, where fit() solves in the number of tokens
-        missing_CD, weighted_CF = content_CD - key_CF @ memory_DF.T, key_CF * weight_C.unsqueeze(-1)
-        square_FF = weighted_CF.T @ key_CF + self.ridge() * torch.eye(key_CF.shape[1], dtype=key_CF.dtype, device=key_CF.device)
+        # recursive least squares in the feed-forward dimension, where fit() solves for all slots in their number
+        missing_CD, weighted_CF = content_CD - key_CF @ memory_DF.T, key_CF * (weight_C / self.ridge()).unsqueeze(-1)
+        square_FF = known_FF + weighted_CF.T @ key_CF + torch.eye(key_CF.shape[1], dtype=key_CF.dtype, device=key_CF.device)
         return torch.linalg.solve(square_FF, weighted_CF.T @ missing_CD).T
 
     def ridge(self) -> torch.Tensor:
@@ -234,19 +251,19 @@ class FastWeight(nn.Module):
         """What a token asks with, [..., F]; x and h as the MLP has them. For arms without read attention."""
         return self._features(self.scaled(x), h, "query")
 
-    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, embed_BLD: torch.Tensor | None, bias_BHLT: torch.Tensor,
-                       seen: tuple | None):
-        """(queries [B, L, F] that also know what attention over the question so far gathers, its keys and values so far).
+    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
+        """Queries [B, L, F] that also know what is gathered around them."""
+        return self._features(beside(self.scaled(x_BLD), asked_BLZ), h_BLF, "query")
+
+    def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
+        """What the read attention gathers from the question so far, [B, L, Z], and its keys and values so far.
 
         bias: `distance_bias` from the L new tokens to all T; seen: what the call before returned.
         """
-        x_BLD = self.scaled(x_BLD)
-        named = self.scaled(embed_BLD) @ self.query_named if self.config.attend_embeddings else None
-        q, k, v = heads_of(x_BLD, self.query_attend, named, h_BLF.dtype)
+        q, k, v = split_heads(self.scaled(x_BLD) @ self.query_attend, bias_BHLT.dtype)
         if seen is not None:
             k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
-        informed = beside(x_BLD, attention(q, k, v, bias_BHLT))
-        return self._features(informed, h_BLF, "query"), (k, v)
+        return attention(q, k, v, bias_BHLT), (k, v)
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:
@@ -257,55 +274,40 @@ class FastWeight(nn.Module):
             return unit(mapped.relu().square()).to(h.dtype)  # squared: a key meets few others
         return unit(h) if self.config.unit_keys else h
 
-    def openness(self, x: torch.Tensor) -> torch.Tensor | float:
-        """The share of what is read that a token takes, [..., 1]; 1 without the read gate."""
-        return torch.sigmoid(self.scaled(x) @ self.open + self.open_bias).unsqueeze(-1) if self.config.read_gate else 1.0
+    def taken(self, x: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
+        """Of what is read (`met`, [..., D]) what the tokens x take: all of it without the read gate."""
+        if not self.config.read_gate:
+            return met
+        logit = self.scaled(x) @ self.open + self.open_bias
+        if self.config.threshold:  # sigmoid(a log m + b): a share that rises from 0 with the strength of what is read
+            strength = met.to(logit.dtype).pow(2).mean(-1).clamp(min=1e-12).sqrt() / (EMBED_SHARE * self.value_unit)
+            logit = logit + self.open_met * strength.clamp(min=1e-3).log().to(logit.dtype)
+        return met * torch.sigmoid(logit).unsqueeze(-1)
 
     def read(self, memory, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """What a layer's memory adds to the MLP's output for the tokens x, h: [N, L, D]."""
-        return memory.read(self.query(x, h)) * self.openness(x)
+        return self.taken(x, memory.read(self.query(x, h)))
 
 
-def heads_of(x_BSD: torch.Tensor, attend: torch.Tensor, named_BSZ: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Queries, keys and values of the heads, [3, B, H, S, HEAD], in the model's dtype as its own attention has them.
-
-    named: what the embeddings add to the values.
-    """
-    mapped = x_BSD @ attend
-    if named_BSZ is not None:
-        mapped = mapped + pad(named_BSZ, (2 * named_BSZ.shape[-1], 0))
-    return mapped.to(dtype).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+def drawer(generator: torch.Generator):
+    """Draws matrices [rows, columns] of unit gain."""
+    return lambda rows, columns: torch.randn(rows, columns, generator=generator) / rows ** 0.5
 
 
-def attention(q_BHLE, k_BHTE, v_BHTE, bias_BHLT) -> torch.Tensor:
-    """Softmax attention in plain products: the library's fused one has no batching rule for several layers at once."""
-    return (q_BHLE @ k_BHTE.transpose(-1, -2) * HEAD ** -0.5 + bias_BHLT).softmax(-1) @ v_BHTE
-
-
-def beside(x_BSD: torch.Tensor, gathered_BHSE: torch.Tensor) -> torch.Tensor:
-    """x with what the heads gathered next to it, [B, S, D + Z]."""
-    return torch.cat([x_BSD, gathered_BHSE.transpose(1, 2).flatten(2).to(x_BSD.dtype)], -1)
-
-
-def distance_bias(query_BL: torch.Tensor, key_BT: torch.Tensor, allowed_BLT: torch.Tensor, heads: int, dtype) -> torch.Tensor:
-    """Bias [B, H, L, T] of attention by distance (ALiBi, Press et al. 2022): one fixed slope a head, from 1 down to 1/100.
-
-    query and key are token positions; what is not allowed gets -inf.
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    slopes = torch.logspace(0, -2, heads, dtype=wide, device=query_BL.device)[:, None, None]
-    distance_BLT = (query_BL[:, :, None] - key_BT[:, None, :]).abs().to(wide)
-    return (-slopes * distance_BLT[:, None]).masked_fill(~allowed_BLT[:, None], float("-inf")).to(dtype)
+def beside(x_BSD: torch.Tensor, gathered_BSZ: torch.Tensor) -> torch.Tensor:
+    """x with what was gathered next to it, [B, S, D + Z]."""
+    return torch.cat([x_BSD, gathered_BSZ.to(x_BSD.dtype)], -1)
 
 
 def write_bias(held, config: TTTConfig) -> torch.Tensor | None:
-    """The write attention's bias over the held tokens: both directions, within a chunk; a pad looks at itself alone."""
+    """The write attention's bias over the held tokens: both directions (deep: every second head back alone), within a chunk; a pad
+    looks at itself alone."""
     if not config.write_attention:
         return None
     chunk_BS = torch.where(held.real, chunk_of(held.position, config.chunk), -1)
     allowed_BSS = (chunk_BS[:, :, None] == chunk_BS[:, None, :]) & held.real[:, None, :]
     allowed_BSS = allowed_BSS | torch.eye(chunk_BS.shape[1], dtype=torch.bool, device=chunk_BS.device)
-    return distance_bias(held.position, held.position, allowed_BSS, config.write_attention, held.h.dtype)
+    return distance_bias(held.position, held.position, allowed_BSS, config.write_attention, held.h.dtype, back=config.deep)
 
 
 def code_sizes(feed_forward: int) -> tuple[int, int]:
@@ -331,21 +333,24 @@ def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, 
     return pick_columns(target_BSD, column_BS.argsort(dim=1))
 
 
-def fit(keys: dict, wanted: dict, weights: dict, ridges: dict) -> dict:
-    """Kernel ridge regression of every layer in one batched solve: {layer: values [B, S, D]}.
+def fit(keys: dict, wanted: dict, trust: dict) -> dict:
+    """Kernel ridge regression of every layer: {layer: values [B, S, D]}. Layers of one width S are solved in one batch.
 
-    dW = sum_i value_i (x) k_i minimises sum_i w_i |dW k_i - wanted_i|^2 + lambda |dW|^2; tokens of weight 0 get value 0.
-    keys [B, S, F], wanted [B, S, D], weights [B, S] >= 0, ridges [1], each by layer and of one B, S and D.
+    dW = sum_i value_i (x) k_i minimises sum_i trust_i |dW k_i - wanted_i|^2 + |dW|^2; tokens of trust 0 get value 0.
+    keys [B, S, F], wanted [B, S, D], trust [B, S] = w / lambda >= 0, each by layer and of one B and D.
     """
-    # sqrt has no gradient at 0, where a pad stands
-    roots = {i: torch.where(w > 0, w, 1.0).sqrt() * (w > 0) for i, w in weights.items()}
-    grams, sides = [], []
-    for i, root_BS in roots.items():
-        key_BSF = keys[i].to(wanted[i].dtype) * root_BS.unsqueeze(-1)
-        grams.append(key_BSF @ key_BSF.transpose(1, 2) + ridges[i] * torch.eye(key_BSF.shape[1], dtype=key_BSF.dtype, device=key_BSF.device))
-        sides.append(wanted[i] * root_BS.unsqueeze(-1))
-    solved = torch.cholesky_solve(torch.cat(sides), torch.linalg.cholesky(torch.cat(grams))).split([len(side) for side in sides])
-    return {i: value * roots[i].unsqueeze(-1) for i, value in zip(roots, solved)}
+    values = {}
+    for width in {t.shape[1] for t in trust.values()}:
+        layers = [i for i, t in trust.items() if t.shape[1] == width]
+        roots, grams, sides = {}, [], []
+        for i in layers:  # sqrt has no gradient at 0, where a pad stands
+            roots[i] = (torch.where(trust[i] > 0, trust[i], 1.0).sqrt() * (trust[i] > 0)).unsqueeze(-1)
+            key_BSF = keys[i].to(wanted[i].dtype) * roots[i]
+            grams.append(key_BSF @ key_BSF.transpose(1, 2) + torch.eye(width, dtype=key_BSF.dtype, device=key_BSF.device))
+            sides.append(wanted[i] * roots[i])
+        solved = torch.cholesky_solve(torch.cat(sides), torch.linalg.cholesky(torch.cat(grams))).split([len(side) for side in sides])
+        values |= {i: value * roots[i] for i, value in zip(layers, solved)}
+    return values
 
 
 def chunk_of(position: torch.Tensor, chunk: int | None) -> torch.Tensor:

@@ -19,9 +19,10 @@ magnitude. Options change the write:
              h itself, k_i = a_i (x) b_i, so that q k_i = cos(a_q, a_i) cos(b_q, b_i): both must meet (key map: one learned map)
     write attention    keys and gate also know what attention over the text gathers around a token
     read attention     queries also know what attention over the question so far gathers
-    attend embeddings  both attentions gather token embeddings too
+    deep     both attentions are side streams instead: blocks through all TTT layers, each going on from the one before (side_stream.py)
     sparse   the gate has exact zeros, and a token of strength 0 leaves no slot in the memory
-    read gate  a learned share of what is read is taken
+    read gate  a learned share of what is read is taken; with the threshold it also rises with how much is read
+    value rank  P is a diagonal plus a product of this rank
     blind    a text is read by the base alone while it is written, whatever was written before
     target both        t_i P is the sum of such a term from the token embeddings and one from x
 
@@ -35,9 +36,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fast_weight import FastWeight, TTTConfig
+from fast_weight import FastWeight, TTTConfig, drawer
 from memory import Memory
 from sessions import Reader, Writer
+from side_stream import SideStream
 
 
 class TTTMLP(nn.Module):
@@ -82,13 +84,26 @@ class InPlaceTTT(nn.Module):
         rms = lambda i: self.down_norm(i) / self.down_proj(i).weight.numel() ** 0.5
         self.fast = nn.ModuleDict({str(i): FastWeight(hidden_size, self.down_proj(i).in_features, config, generator, rms(i))
                                    for i in config.layers})
-        self.fast.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
+        self.streams = nn.ModuleDict()
+        if config.deep:
+            in_depth = sorted(config.layers)
+            self.streams["write"] = SideStream(hidden_size, config.write_attention, in_depth, drawer(generator))
+            self.streams["read"] = SideStream(hidden_size, config.read_attention, in_depth, drawer(generator))
+        self.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
         self.down_norms = {i: self.down_norm(i) for i in config.layers}
 
     def detach(self) -> None:
         """Put the base MLPs back; the model is as it was before."""
         for i in self.config.layers:
             self._decoder[0].layers[i].mlp = self._decoder[0].layers[i].mlp.base
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is trained, by name: LAYER.part of a layer's FastWeight, streams.part of the side streams."""
+        return {name.removeprefix("fast."): t for name, t in self.state_dict().items()}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take what `tensors` gave; RuntimeError unless names and shapes are this adapter's."""
+        self.load_state_dict({name if name.startswith("streams.") else "fast." + name: t for name, t in tensors.items()})
 
     def down_proj(self, index: int) -> nn.Module:
         return self._decoder[0].layers[index].mlp.base.down_proj

@@ -38,15 +38,20 @@ def leading(wanted_BS: torch.Tensor, width: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64)."""
+    """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64).
+
+    trust: of values that ridge solved for, w_i / lambda of each slot, 0 of an empty one. It is what a later text needs to solve
+    for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut or a dense form of a memory has lost it.
+    """
 
     keys: torch.Tensor | None = None      # [B, S, F], dtype of the model
     values: torch.Tensor | None = None    # [B, S, D]
+    trust: torch.Tensor | None = None     # [B, S, 1]
     update: torch.Tensor | None = None    # [B, D, F]
 
     @classmethod
-    def factored(cls, keys_BSF: torch.Tensor, values_BSD: torch.Tensor) -> "LayerMemory":
-        return cls(keys=keys_BSF, values=values_BSD)
+    def factored(cls, keys_BSF: torch.Tensor, values_BSD: torch.Tensor, trust_BS1: torch.Tensor | None = None) -> "LayerMemory":
+        return cls(keys=keys_BSF, values=values_BSD, trust=trust_BS1)
 
     @classmethod
     def dense(cls, update_BDF: torch.Tensor) -> "LayerMemory":
@@ -61,7 +66,9 @@ class LayerMemory:
         return (self.update if self.is_dense else self.values).shape[0]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"update": self.update} if self.is_dense else {"keys": self.keys, "values": self.values}
+        if self.is_dense:
+            return {"update": self.update}
+        return {"keys": self.keys, "values": self.values} | ({} if self.trust is None else {"trust": self.trust})
 
     def map(self, function) -> "LayerMemory":
         return LayerMemory(**{name: function(t) for name, t in self.tensors().items()})
@@ -98,6 +105,11 @@ class LayerMemory:
         if self.is_dense or other.is_dense:
             return LayerMemory.dense(self.to_dense().update + other.to_dense().update)
         return LayerMemory.factored(torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1))
+
+    def targets(self) -> torch.Tensor:
+        """What the slots were solved for, [B, S, D]; needs trust. Empty slots: what is read there."""
+        paid_BSD = self.values / torch.where(self.trust > 0, self.trust, 1.0)  # an empty slot's value is 0
+        return self.read(self.keys) + paid_BSD
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm of dW, [B], without building it when factored: |dW|^2 = sum_ij (v_i . v_j)(k_i . k_j)."""
@@ -271,7 +283,8 @@ def _stack_layer(layers: list[LayerMemory]) -> LayerMemory:
         return LayerMemory.dense(torch.cat([layer.to_dense().update for layer in layers]))
     slots = max(layer.keys.shape[1] for layer in layers)
     padded = [layer.padded(slots) for layer in layers]
-    return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]))
+    trust = None if any(p.trust is None for p in padded) else torch.cat([p.trust for p in padded])
+    return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]), trust)
 
 
 def file_digest(tensors: dict[str, torch.Tensor], norms: str) -> str:

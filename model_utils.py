@@ -239,7 +239,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict) -> None:
     """Write adapter.safetensors (float16) and manifest.json with its SHA-256; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.fast.state_dict().items()}
+    tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.tensors().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: {name} does not fit float16 (inf or NaN after rounding); nothing was saved")
@@ -276,7 +276,7 @@ def load_adapter(folder, loaded: Loaded) -> tuple[InPlaceTTT, dict]:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
     ttt = InPlaceTTT(loaded.model, config)
     try:
-        ttt.fast.load_state_dict({name: t.float() for name, t in tensors.items()})
+        ttt.load_tensors({name: t.float() for name, t in tensors.items()})
     except RuntimeError as error:
         ttt.detach()
         raise UserError(f"{folder}/adapter.safetensors: does not fit its manifest ({str(error).splitlines()[-1].strip()})") from error

@@ -2,11 +2,13 @@
 
 The batches come from training_data.py: a Batch of Examples for recall and context, token rows for lm.
 
-Beside the answers' cross-entropy a recall arm with codes has three aids, which say directly what the memory is for:
+Beside the answers' cross-entropy a recall arm with codes has four aids, which say directly what the memory is for:
     address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among all
               slots of the batch and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
     worth     the write gate is to open where a fact's value follows, and nowhere else (binary cross-entropy)
     calm      prose read with a memory attached is to be predicted as without (Kullback-Leibler)
+    foreign   questions about what was never written are to be answered as without a memory, with their text in the prompt and
+              without it (Kullback-Leibler over the tokens of the answer)
 """
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory
 from model_utils import Loaded
-from training_data import IGNORE, NOWHERE, Batch, Packed, pack
+from training_data import IGNORE, NOWHERE, Batch, Packed, pack, pack_row
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 NULL = 0.4          # what a query must meet better than to be no query for nothing
-AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3}  # weights beside the answers' loss (DECISIONS.md)
+AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights beside the answers' loss (DECISIONS.md)
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,18 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
     return ids, mask
 
 
-def answer_loss(loaded: Loaded, packed: Packed) -> Step:
-    """Cross-entropy of the answers of packed prompts under teacher forcing; the logits of other positions are never made."""
+def answer_logits(loaded: Loaded, packed: Packed) -> torch.Tensor:
+    """Logits [M, V] of the answer tokens of packed prompts under teacher forcing; those of other positions are never made."""
     window = sliding_window(loaded.model.config.get_text_config())
     mask = packed.mask[:, None] if window is None else attention_kinds(packed.mask, packed.position, packed.position, window)
     hidden = loaded.model.get_decoder()(input_ids=packed.ids, attention_mask=mask, position_ids=packed.position,
                                         use_cache=False).last_hidden_state
-    labels = packed.labels[:, 1:]
-    logits = loaded.model.get_output_embeddings()(hidden[:, :-1][labels != IGNORE]).float()
+    return loaded.model.get_output_embeddings()(hidden[:, :-1][packed.labels[:, 1:] != IGNORE]).float()
+
+
+def answer_loss(loaded: Loaded, packed: Packed) -> Step:
+    """Cross-entropy of the answers."""
+    logits, labels = answer_logits(loaded, packed), packed.labels[:, 1:]
     wanted = labels[labels != IGNORE]
     right = (logits.argmax(-1) == wanted).sum()
     return Step(cross_entropy(logits, wanted), wanted.numel(), right, packed.ids.numel())
@@ -88,9 +94,12 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
             aids["worth"] = worth_loss(writer.worth, worth, mask, measures)
         if batch.calm:
             aids["calm"] = calm_loss(loaded, ttt, memory, batch.calm, device)
+        if batch.foreign:
+            aids["foreign"] = foreign_loss(loaded, ttt, memory, pack(batch.foreign, pad_id, device))
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
-    tokens = answered.tokens + ids.numel() + 2 * sum(map(len, batch.calm))  # calm prose is read twice
+    untouched = sum(map(len, batch.calm)) + sum(len(pack_row(example)[0]) for example in batch.foreign)
+    tokens = answered.tokens + ids.numel() + 2 * untouched  # what must not change is read twice
     return Step(loss, answered.labels, answered.right, tokens, memory, measures)
 
 
@@ -138,6 +147,16 @@ def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[i
     with ttt.read(memory.select(list(range(len(rows))))) as reader:
         reader.expect(mask)
         attached = logs()
+    return kl_div(attached, without, reduction="batchmean", log_target=True)
+
+
+def foreign_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, packed: Packed) -> torch.Tensor:
+    """KL of the answer tokens' distributions with a memory that knows nothing of them attached from those without."""
+    with torch.no_grad():
+        without = log_softmax(answer_logits(loaded, packed), -1)
+    with ttt.read(memory.select(list(range(len(packed.ids))))) as reader:
+        reader.expect(torch.ones_like(packed.ids), packed.position, packed.question)
+        attached = log_softmax(answer_logits(loaded, packed), -1)
     return kl_div(attached, without, reduction="batchmean", log_target=True)
 
 

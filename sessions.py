@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fast_weight import FastWeight, Slots, chunk_of, distance_bias, fit, write_bias
+from fast_weight import FastWeight, Slots, chunk_of, fit, write_bias
 from memory import LayerMemory, Memory, leading, pick_columns
+from side_stream import distance_bias, unit_rms
 
 
 def check_memory(memory: Memory, owner) -> None:
@@ -28,8 +29,8 @@ class Reader:
         check_memory(memory, owner)
         self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
         self.queries: dict[int, torch.Tensor] = {}
-        self.needs_embeddings = owner.config.read_attention > 0 and owner.config.attend_embeddings
-        self._embed_BLD = None
+        self.needs_embeddings = owner.config.deep
+        self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
         self._seen: dict[int, tuple] = {}  # the read attention's keys and values by layer
         self._real_BT = self._bias_BHLT = None
 
@@ -51,22 +52,25 @@ class Reader:
         self._bias_BHLT = distance_bias(position_BT[:, before:], position_BT, visible_BLL | own_LT, self.owner.config.read_attention, dtype)
 
     def on_embeddings(self, module, inputs, output) -> None:
-        self._embed_BLD = output
+        self._stream_BLZ = self.owner.streams["read"].begin(self.owner.fast[str(self.owner.config.layers[0])].scaled(output))
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
         fast = self.owner.fast[str(index)]
         query_BLF = self._informed(index, fast, x_BLD, h_BLF) if self.owner.config.read_attention else fast.query(x_BLD, h_BLF)
         if self.watch_BL is not None:
             self.queries[index] = query_BLF[self.watch_BL]
-        return self.memory.layers[index].read(query_BLF) * fast.openness(x_BLD)
+        return fast.taken(x_BLD, self.memory.layers[index].read(query_BLF))
 
     def _informed(self, index: int, fast: FastWeight, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
         seen = self._seen.get(index)
         length = x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
         if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
             raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
-        query_BLF, self._seen[index] = fast.informed_query(x_BLD, h_BLF, self._embed_BLD, self._bias_BHLT, seen)
-        return query_BLF
+        if self.owner.config.deep:
+            self._stream_BLZ, self._seen[index] = self.owner.streams["read"](index, self._stream_BLZ, fast.scaled(x_BLD), self._bias_BHLT, seen)
+            return fast.informed_query(x_BLD, h_BLF, unit_rms(self._stream_BLZ))
+        asked_BLZ, self._seen[index] = fast.look_back(x_BLD, self._bias_BHLT, seen)
+        return fast.informed_query(x_BLD, h_BLF, asked_BLZ)
 
 
 @dataclass
@@ -116,6 +120,7 @@ class Writer:
         self.tokens_B: torch.Tensor | None = None
         self._real_BL = self._position_BL = self._embed_BLD = None
         self._passed: set[int] = set()  # layers that the announced call has been through
+        self._streams: dict[int, torch.Tensor] = {}  # sequential form: the write stream's state by row, behind the last layer
 
     def expect(self, mask_BL: torch.Tensor) -> None:
         """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L]."""
@@ -163,7 +168,7 @@ class Writer:
         share_BLD = score_BLS @ value_BSD
         if index in self.done:
             share_BLD = share_BLD + self.done[index].read(query_BLF)
-        return share_BLD * fast.openness(new.x)
+        return fast.taken(new.x, share_BLD)
 
     def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
         """Move the tokens whose value can no longer change into the memory; return what must still be held.
@@ -190,6 +195,12 @@ class Writer:
         update = LayerMemory.factored(slots.keys, value_BSD)
         return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
+    def _stream(self, index: int, before_BSZ: torch.Tensor | None, held: Pending, bias_BHSS: torch.Tensor | None = None) -> torch.Tensor:
+        """The write stream behind a layer, [B, S, Z]; `before` is None at the first layer."""
+        stream, fast = self.owner.streams["write"], self.owner.fast[str(index)]
+        before_BSZ = stream.begin(fast.scaled(held.source)) if before_BSZ is None else before_BSZ
+        return stream(index, before_BSZ, fast.scaled(held.x), write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
+
     def _all_slots(self) -> dict[int, Slots]:
         """The slots of every layer's held tokens, all layers in one batched pass: the layers differ in their numbers only."""
         fasts = [self.owner.fast[str(index)] for index in self.pending]
@@ -197,14 +208,19 @@ class Writer:
         bias_BHSS = write_bias(helds[0], self.owner.config)  # of the tokens, so alike in all layers
         tensors = [dict(fast.named_parameters()) | dict(fast.named_buffers()) for fast in fasts]
         numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
+        inputs = [torch.stack([getattr(held, name) for held in helds]) for name in ("source", "x", "h")]
+        if self.owner.config.deep:
+            states = [None]
+            for index, held in self.pending.items():
+                states.append(self._stream(index, states[-1], held, bias_BHSS))
+            inputs.append(unit_rms(torch.stack(states[1:])))
 
-        def slots(numbers, source, x, h):
-            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], source=source, x=x, h=h), bias_BHSS))
+        def slots(numbers, source, x, h, around=None):
+            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], source=source, x=x, h=h), bias_BHSS, around))
             return (made.keys, made.contents, made.weights) + ((made.worth,) if self.owner.config.gate else ())
 
         # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
-        outputs = torch.vmap(slots, chunk_size=None if self.differentiable else 1)(
-            numbers, *(torch.stack([getattr(held, name) for held in helds]) for name in ("source", "x", "h")))
+        outputs = torch.vmap(slots, chunk_size=None if self.differentiable else 1)(numbers, *inputs)
         return {index: Slots(*(t[i] for t in outputs)) for i, index in enumerate(self.pending)}
 
     def _flush(self, group: int) -> dict[int, LayerMemory]:
@@ -223,27 +239,49 @@ class Writer:
             updates = {index: update.grouped(group) for index, update in updates.items()}
         if self.owner.config.rule == "hebbian":
             return {index: LayerMemory.factored(u.keys, u.values * weights[index].unsqueeze(-1)) for index, u in updates.items()}
-        keys, wanted = {index: u.keys for index, u in updates.items()}, {index: u.values for index, u in updates.items()}
-        for index in self.start.layers if self.start else ():  # only what the memory does not answer already
-            wanted[index] = wanted[index] - self.done[index].read(keys[index])
-        ridges = {index: self.owner.fast[str(index)].ridge() for index in keys}
-        return {index: LayerMemory.factored(keys[index], value) for index, value in fit(keys, wanted, weights, ridges).items()}
+        return self._solve(updates, {index: weights[index] / self.owner.fast[str(index)].ridge() for index in updates})
+
+    def _solve(self, updates: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, LayerMemory]:
+        """Ridge: the values that answer the updates' contents at their keys, and all that the memory before still knows the targets of.
+
+        Where it does (it is not dense, cut or summed), old and new slots are solved for together: in a blind arm the order of
+        texts then does not matter. Else the new ones are solved for what it does not answer already.
+        """
+        for index in self.start.layers if self.start else ():
+            old, new = self.done[index], updates[index]
+            if old.trust is None:
+                updates[index] = LayerMemory.factored(new.keys, new.values - old.read(new.keys))
+            else:
+                updates[index] = LayerMemory.factored(torch.cat([old.keys, new.keys], 1), torch.cat([old.targets(), new.values], 1))
+                trust[index] = torch.cat([old.trust[..., 0], trust[index]], 1)
+                del self.done[index]  # its slots are among the new ones
+        solved = fit({i: u.keys for i, u in updates.items()}, {i: u.values for i, u in updates.items()}, trust)
+        return {i: LayerMemory.factored(u.keys, solved[i], trust[i].unsqueeze(-1)) for i, u in updates.items()}
 
     def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
         """The oracle: row by row, chunk after chunk, a running dense update; its own plain conv1d."""
-        before = self.start.layers[index].to_dense() if self.start else None
+        old = self.start.layers[index] if self.start else None
         rows, updates = [], []
         for b in range(new.x.shape[0]):
             real = new.real[b].nonzero()[:, 0]
             row = Pending(*(t[b:b + 1, real] for t in new.fields()))
-            update_DF = before.update[b] if before else fast.conv.new_zeros(row.x.shape[2], row.h.shape[2])
+            update_DF, known_FF = fast.conv.new_zeros(row.x.shape[2], row.h.shape[2]), fast.conv.new_zeros(row.h.shape[2], row.h.shape[2])
+            if old is not None:
+                update_DF = old.to_dense().update[b]
+            if old is not None and old.trust is not None:
+                key_SF = old.keys[b].to(update_DF.dtype)
+                known_FF = (key_SF * old.trust[b]).T @ key_SF
             share_LD = torch.zeros(new.x.shape[1], row.x.shape[2], dtype=update_DF.dtype, device=row.x.device)
             for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
                 chunk = Pending(*(t[:, tokens] for t in row.fields()))
                 if not self.owner.config.blind:
                     query_LF = fast.query(chunk.x[0], chunk.h[0]).to(update_DF.dtype)
-                    share_LD[real[tokens]] = query_LF @ update_DF.T * fast.openness(chunk.x[0])
-                update_DF = update_DF + fast.chunk_update(chunk, update_DF)
+                    share_LD[real[tokens]] = fast.taken(chunk.x[0], query_LF @ update_DF.T)
+                around_BSZ = None
+                if self.owner.config.deep:  # blind, so the text is this one chunk
+                    self._streams[b] = self._stream(index, self._streams.get(b), chunk)
+                    around_BSZ = unit_rms(self._streams[b])
+                update_DF = update_DF + fast.chunk_update(chunk, update_DF, known_FF, around_BSZ)
             rows.append(share_LD)
             updates.append(update_DF)
         self.done[index] = LayerMemory.dense(torch.stack(updates))

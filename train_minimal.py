@@ -41,9 +41,9 @@ GROUPS = "1,1,2,4"
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-SWITCHES = {"codes": "keys and queries as products of two learned codes", "attend-embeddings": "attentions gather embeddings too",
+SWITCHES = {"codes": "keys and queries as products of two learned codes", "deep": "attentions are side streams",
             "sparse": "a gate with exact zeros",
-            "read-gate": "learned share of what is read", "calibrated": "values in units of the residual stream",
+            "read-gate": "learned share of what is read", "threshold": "a faint answer is no answer", "calibrated": "values in units of the residual stream",
             "blind": "texts are read without the earlier memory while they are written", "unit-keys": "keys on the unit sphere",
             "unit-targets": "targets at unit RMS", "gate": "learned write strength per token"}
 WINDOW = 25         # updates whose mean loss is compared for divergence
@@ -143,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--key-map", type=int, help="rank of learned maps to keys and queries, 0 for none (default: the row)")
     arm.add_argument("--write-attention", type=int, help="heads of attention over the written text, 0 for none (default: the row)")
     arm.add_argument("--read-attention", type=int, help="heads of attention over the question, 0 for none (default: the row)")
+    arm.add_argument("--value-rank", type=int, help="rank of P beside its diagonal, 0 for a full matrix (default: the row)")
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     data = parser.add_argument_group("the data")
@@ -194,6 +195,7 @@ def ttt_config(arguments, row):
     config = override_ttt(getattr(row, form), layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
                           init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
                           key_map=arguments.key_map, write_attention=arguments.write_attention, read_attention=arguments.read_attention,
+                          value_rank=arguments.value_rank,
                           **{field: getattr(arguments, field) for field in (name.replace("-", "_") for name in SWITCHES)},
                           chunk=int(chunk) if chunk and chunk != "whole" else None)
     if arguments.objective == "lm" and chunk == "whole":
@@ -226,8 +228,9 @@ def make_dataset(arguments, config, loaded: Loaded, langs):
     groups = (1,) if shown else parse_groups(arguments)
     if config and config.chunk and groups != (1,):
         raise UserError(f"--groups {arguments.groups}: finished chunks are applied at once, so rows cannot be written side by side; use --groups 1")
-    calm = bool(config and config.codes and arguments.calm)
-    return BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, calm), training_bank.bank_sha256()
+    aided = lambda weight: bool(config and config.codes and weight)
+    return (BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, aided(arguments.calm), aided(arguments.foreign)),
+            training_bank.bank_sha256())
 
 
 def main() -> None:

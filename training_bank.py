@@ -57,20 +57,23 @@ from bank_talk import FACT_COUNTS, Plan, Talk
 from bank_values import DATA, FORM_FIELDS, SPLITS, BankError, hash_files, load_bank, load_passages
 
 BANK_LANGS = ("en", "zh")
+TOPICS = 16     # of 137 and more: enough to find 12 facts, few enough for conversations to share most of them
 ROOM = Path(__file__).resolve().parent
 
 
-def sample_conversation(rng, lang="en", split="train", n_facts=None, n_prose=0):
+def sample_conversation(rng, lang="en", split="train", n_facts=None, n_prose=0, topics=None):
     """One conversation with its facts and probes, in the shape of a benchmark sample.
 
     rng is a random.Random; the same state gives the same sample. split "dev" uses only forms and values held out
     from "train". n_facts is drawn from 3 to 12 if None. n_prose passages of filler stand between the turns.
+    topics, from draw_topics, are what the facts are about (a chain of two aside); conversations of the same topics tell the
+    same kinds of fact about other people.
     Raises ValueError for an unknown language or split and BankError (a ValueError) for a faulty data file.
     """
     bank = _bank(lang)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
-    plan = Plan(bank, rng, split, rng.choice(FACT_COUNTS) if n_facts is None else n_facts)
+    plan = Plan(bank, rng, split, rng.choice(FACT_COUNTS) if n_facts is None else n_facts, topics)
     talk = Talk(plan)
     talk.write(rng.sample(load_passages(lang), n_prose) if n_prose else [])
     text, spans = talk.render()
@@ -89,6 +92,11 @@ def sample_conversation(rng, lang="en", split="train", n_facts=None, n_prose=0):
         for number, (question, gold, needed) in enumerate(asked, 1)]
     sample["distractor"] = None
     return sample
+
+
+def draw_topics(rng, lang):
+    """Ids of a few relations, for conversations that are to be easily confused."""
+    return frozenset(relation["id"] for relation in rng.sample(_bank(lang).relations, TOPICS))
 
 
 def needs_both(text, first, second, gold):

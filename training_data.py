@@ -18,6 +18,10 @@ NOWHERE = -1            # address of an answer token that stands nowhere in the 
 PROSE_TOKENS = (80, 280)    # a row of unrelated prose beside the conversations of a merged memory
 CALM_EVERY = 4          # every fourth update reads unrelated prose with a memory attached
 CALM_TOKENS = 48        # a row of unrelated prose that is read with a memory attached
+FOREIGN_EVERY = 2       # every second update asks about conversations that nobody wrote
+FOREIGN_SHARE = 8       # one such row for so many conversations
+FOREIGN_PROBES = 4      # questions of such a row
+ALIKE = 0.5             # share of shared memories whose conversations are about the same topics
 PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation
 PROSE_MOST = 2          # passages, at most
 NO_ROBOTS = "HuggingFaceH4/no_robots"
@@ -36,11 +40,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """One update: the Examples, how many neighbouring ones share a memory, and rows of unrelated prose to be read unharmed."""
+    """One update: the Examples, how many neighbouring ones share a memory, and what the memories are not to touch.
+
+    calm: rows of unrelated prose; row i is read with memory i. foreign: prompts about conversations that nobody wrote, on the
+    topics of what is in the memory, every second one with the text in the prompt; row i is asked with memory i.
+    """
 
     examples: list[Example]
     group: int = 1
     calm: list[list[int]] = ()
+    foreign: list[Example] = ()
 
 
 class BankDataset(Dataset):
@@ -49,11 +58,12 @@ class BankDataset(Dataset):
     shown: whether the prompt shows the conversation (A_tuned) or only asks about it (the memory arms).
     groups: sizes of memory to draw from, each update its own: so many neighbouring rows are written into one memory. In
     groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
-    calm: whether every fourth update also brings prose to be read with a memory attached.
+    calm: whether every fourth update also brings prose to be read with a memory attached. foreign: whether every second one brings
+    questions about conversations that are not in memory.
     """
 
-    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,), calm=False):
-        self.tokenizer, self.langs, self.updates, self.groups, self.calm = tokenizer, langs, updates, tuple(groups), calm
+    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,), calm=False, foreign=False):
+        self.tokenizer, self.langs, self.updates, self.groups, self.calm, self.foreign = tokenizer, langs, updates, tuple(groups), calm, foreign
         self.conversations, self.probes, self.seed, self.shown = conversations, probes, seed, shown
 
     def __len__(self) -> int:
@@ -63,22 +73,29 @@ class BankDataset(Dataset):
         rng = random.Random(f"{self.seed}/{update}")
         prose = rng.randint(1, PROSE_MOST) if update % PROSE_EVERY == PROSE_EVERY - 1 else 0
         group = rng.choice(self.groups)
-        examples = [self.example(rng, self.langs[i // group % len(self.langs)], prose) for i in range(self.conversations)]
+        memories = self.conversations // group
+        langs = [self.langs[number % len(self.langs)] for number in range(memories)]
+        topics = [training_bank.draw_topics(rng, lang) if rng.random() < ALIKE else None for lang in langs]
+        examples = [self.example(rng, langs[i // group], self.shown, prose, topics[i // group]) for i in range(self.conversations)]
         if group > 1:
-            for number in range(self.conversations // group):
+            for number in range(memories):
                 if number // len(self.langs) % 2 == 0:
-                    examples[number * group + rng.randrange(group)] = self.prose(rng, self.langs[number % len(self.langs)])
-        calm = [] if not self.calm or update % CALM_EVERY else [self.passage(rng, self.langs[i % len(self.langs)], CALM_TOKENS)
-                                      for i in range(max(1, self.conversations // 4))]
-        return Batch(examples, group, calm)
+                    examples[number * group + rng.randrange(group)] = self.prose(rng, langs[number])
+        calm, foreign = [], []
+        if self.calm and update % CALM_EVERY == 0:
+            calm = [self.passage(rng, lang, CALM_TOKENS) for lang in langs[:max(1, self.conversations // 4)]]
+        if self.foreign and update % FOREIGN_EVERY == 0:
+            rows = min(memories, max(1, self.conversations // FOREIGN_SHARE))
+            foreign = [self.example(rng, langs[i], i // len(self.langs) % 2 == 0, 0, topics[i], FOREIGN_PROBES) for i in range(rows)]
+        return Batch(examples, group, calm, foreign)
 
-    def example(self, rng: random.Random, lang: str, prose: int) -> Example:
-        sample = training_bank.sample_conversation(rng, lang, "train", n_prose=prose)
-        chosen = rng.sample(sample["probes"], min(self.probes, len(sample["probes"])))
+    def example(self, rng: random.Random, lang: str, shown: bool, prose: int, topics, probes: int | None = None) -> Example:
+        sample = training_bank.sample_conversation(rng, lang, "train", n_prose=prose, topics=topics)
+        chosen = rng.sample(sample["probes"], min(probes or self.probes, len(sample["probes"])))
         pairs = [(prompts.tail_ids(self.tokenizer, lang, p["question"]),
                   prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]
-        prefix = prompts.head_ids(self.tokenizer, lang, with_text=self.shown)
-        if self.shown:
+        prefix = prompts.head_ids(self.tokenizer, lang, with_text=shown)
+        if shown:
             return Example([], prefix + prompts.encode(self.tokenizer, sample["conversation"]), pairs)
         places = Places(self.tokenizer, lang, sample)
         return Example(places.ids, prefix, pairs, places.worth(), [places.addresses(probe) for probe in chosen])

@@ -49,9 +49,9 @@ def tiny(name, dtype=torch.float64):
 def strengthen(ttt, seed=1):
     """Random parameters of a size at which every one of them shows in the output."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in ttt.fast.named_parameters():
+    for name, parameter in ttt.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        small = name.endswith(("proj", "proj_x", "log_ridge", "gate", "gate_bias"))  # a large sparse gate is shut or wide open: no slope
+        small = name.endswith(("proj", "proj_x", "proj_out", "log_ridge", "gate", "gate_bias"))  # a large sparse gate is shut or wide open: no slope
         parameter.data = (noise * (0.1 if small else 0.5)).to(parameter)
     return ttt
 

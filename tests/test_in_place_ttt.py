@@ -97,27 +97,54 @@ def at_unit_rms(config, x_LD):
     return torch.stack([x / (x @ x / len(x)).sqrt() for x in x_LD]) if config.unit_targets else x_LD
 
 
-def plain_around(fast, config, x_LD, source_LD, name):
-    """What the write attention gathers beside each token of one chunk, head by head and token by token."""
-    if not config.write_attention or name == "query":
-        return [x_LD.new_zeros(0)] * len(x_LD)
-    q, k, v = (x_LD @ fast.key_attend).reshape(len(x_LD), 3, config.write_attention, 32).permute(1, 2, 0, 3)
-    if config.attend_embeddings:
-        v = v + (at_unit_rms(config, source_LD) @ fast.key_named).reshape(len(x_LD), config.write_attention, 32).transpose(0, 1)
-    slopes = [0.1 ** (2 * head / max(1, config.write_attention - 1)) for head in range(config.write_attention)]
+def plain_heads(q, k, v, both_ways):
+    """Softmax attention by distance, head by head and token by token; every second head looks back only where not both ways."""
+    slopes = [0.1 ** (2 * head / max(1, len(q) - 1)) for head in range(len(q))]
     gathered = []
-    for i in range(len(x_LD)):
-        scores = [[q[head, i] @ k[head, j] / 32 ** 0.5 - slope * abs(i - j) for j in range(len(x_LD))] for head, slope in enumerate(slopes)]
-        gathered.append(torch.cat([torch.stack(row).softmax(0) @ v[head] for head, row in enumerate(scores)]))
+    for i in range(q.shape[1]):
+        parts = []
+        for head, slope in enumerate(slopes):
+            seen = [j for j in range(q.shape[1]) if j <= i or both_ways or head % 2 == 0]
+            scores = torch.stack([q[head, i] @ k[head, j] / 32 ** 0.5 - slope * abs(i - j) for j in seen])
+            parts.append(scores.softmax(0) @ v[head, seen])
+        gathered.append(torch.cat(parts))
     return gathered
 
 
-def plain_features(fast, config, x_LD, source_LD, h_LF, name):
+def plain_around(fast, config, x_LD, name, stream=None):
+    """What the write attention gathers beside each token of one chunk."""
+    if not config.write_attention or name == "query":
+        return [x_LD.new_zeros(0)] * len(x_LD)
+    if config.deep:
+        return list(stream)
+    return plain_heads(*(x_LD @ fast.key_attend).reshape(len(x_LD), 3, config.write_attention, 32).permute(1, 2, 0, 3), both_ways=True)
+
+
+def plain_stream(ttt, source_LD, x_by_layer):
+    """{layer: what the write stream says of each token of a row}, the blocks in order of depth."""
+    stream, norm = ttt.streams["write"], lambda s_LZ: torch.stack([s / (s @ s / len(s)).sqrt() for s in s_LZ])
+    s_LZ, said = at_unit_rms(ttt.config, source_LD) @ stream.start, {}
+    for i in sorted(x_by_layer):
+        block = stream.blocks[str(i)]
+        s_LZ = s_LZ + at_unit_rms(ttt.config, x_by_layer[i]) @ block.inject
+        q, k, v = (norm(s_LZ) @ block.attend).reshape(len(s_LZ), 3, ttt.config.write_attention, 32).permute(1, 2, 0, 3)
+        s_LZ = s_LZ + torch.stack(plain_heads(q, k, v, both_ways=False))
+        s_LZ = s_LZ + torch.nn.functional.gelu(norm(s_LZ) @ block.up) @ block.down
+        said[i] = norm(s_LZ)
+    return said
+
+
+def plain_proj(fast, config, name):
+    proj = getattr(fast, name)
+    return torch.diag(proj) + getattr(fast, name + "_in") @ getattr(fast, name + "_out") if config.value_rank else proj
+
+
+def plain_features(fast, config, x_LD, h_LF, name, stream=None):
     """Keys or queries of one chunk, token by token."""
     if config.codes:
         x_LD = at_unit_rms(config, x_LD)
         mapped = [getattr(fast, f"{name}_code").T @ torch.cat([x, z]) + getattr(fast, f"{name}_bias")
-                  for x, z in zip(x_LD, plain_around(fast, config, x_LD, source_LD, name))]
+                  for x, z in zip(x_LD, plain_around(fast, config, x_LD, name, stream))]
         first, _ = fast.sizes
         return [torch.outer(m[:first] / m[:first].norm(), m[first:] / m[first:].norm()).flatten() for m in mapped]
     if config.key_map:
@@ -126,7 +153,7 @@ def plain_features(fast, config, x_LD, source_LD, h_LF, name):
     return [h / h.norm() if config.unit_keys else h for h in h_LF]
 
 
-def plain_chunk(fast, config, source_CD, x_CD, weight_DF):
+def plain_chunk(fast, config, source_CD, x_CD, weight_DF, stream=None):
     """(what each token says, how strongly) of one chunk, token by token, tap by tap."""
     contents, strengths = [], []
     unit = weight_DF.norm() / weight_DF.numel() ** 0.5 if config.unit_targets else 1.0
@@ -137,10 +164,10 @@ def plain_chunk(fast, config, source_CD, x_CD, weight_DF):
         near = [(k, i + k - config.kernel // 2) for k in range(config.kernel)]
         return sum((conv[:, k] * t_CD[j] for k, j in near if 0 <= j < len(t_CD)), torch.zeros_like(t_CD[0]))
 
-    for i, around in enumerate(plain_around(fast, config, x_CD, source_CD, "key")):
-        content = taps(source_CD, fast.conv, i) @ fast.proj
+    for i, around in enumerate(plain_around(fast, config, x_CD, "key", stream)):
+        content = taps(source_CD, fast.conv, i) @ plain_proj(fast, config, "proj")
         if config.target == "both":
-            content = content + taps(x_CD, fast.conv_x, i) @ fast.proj_x
+            content = content + taps(x_CD, fast.conv_x, i) @ plain_proj(fast, config, "proj_x")
         gate = 1.0
         if config.gate:
             gate = 1 / (1 + torch.exp(-(torch.cat([x_CD[i], around]) @ fast.gate + fast.gate_bias)))
@@ -159,16 +186,30 @@ def plain_ridge(fast, keys, contents, strengths):
     return torch.linalg.lstsq(left, right, driver="gelsd").solution.T
 
 
-def plain_row(fast, config, source_LD, x_LD, h_LF, weight_DF):
+def plain_taken(fast, config, x_LD, met):
+    """Token by token, what is taken of what is read."""
+    if not config.read_gate:
+        return met
+    taken = []
+    for x, m in zip(at_unit_rms(config, x_LD), met):
+        logit = x @ fast.open + fast.open_bias
+        if config.threshold:
+            logit = logit + fast.open_met * torch.log(((m @ m / len(m)).sqrt() / (0.1 * fast.value_unit)).clamp(min=1e-3))
+        taken.append(m / (1 + torch.exp(-logit)))
+    return taken
+
+
+def plain_row(fast, config, source_LD, x_LD, h_LF, weight_DF, stream=None):
     """(share of the output [L, D], final update [D, F]) of one row without pads."""
     update, shares = torch.zeros(source_LD.shape[1], h_LF.shape[1], dtype=source_LD.dtype), []
     size = config.chunk or len(h_LF)
     for start in range(0, len(h_LF), size):
         part = slice(start, min(start + size, len(h_LF)))
-        keys, queries = (plain_features(fast, config, x_LD[part], source_LD[part], h_LF[part], name) for name in ("key", "query"))
-        opened = [1 / (1 + torch.exp(-(x @ fast.open + fast.open_bias))) if config.read_gate else 1.0 for x in at_unit_rms(config, x_LD[part])]
-        shares += [gate * (update @ query) for gate, query in zip(opened, queries)]
-        contents, strengths = plain_chunk(fast, config, source_LD[part], x_LD[part], weight_DF)
+        keys = plain_features(fast, config, x_LD[part], h_LF[part], "key", stream)
+        # a deep arm is blind: nothing is read while it writes
+        queries = None if config.deep else plain_features(fast, config, x_LD[part], h_LF[part], "query")
+        shares += [torch.zeros_like(source_LD[0])] * len(keys) if config.deep else plain_taken(fast, config, x_LD[part], [update @ query for query in queries])
+        contents, strengths = plain_chunk(fast, config, source_LD[part], x_LD[part], weight_DF, stream)
         if config.rule == "ridge":
             update = update + plain_ridge(fast, keys, contents, strengths)
             continue
@@ -184,7 +225,10 @@ OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(
            dict(chunk=None, rule="ridge", ridge=2.0, key_map=5, unit_targets=True, gate=True, eta=5.0, target="input_embed"),
            dict(chunk=5, unit_targets=True, gate=True, eta=3.0),
            dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=True, sparse=True, target="both", blind=True),
-           dict(chunk=6, codes=True, write_attention=3, gate=True, sparse=True, read_gate=True, target="both", attend_embeddings=True),
+           dict(chunk=6, codes=True, write_attention=3, gate=True, sparse=True, read_gate=True, target="both", unit_targets=True, threshold=True),
+           dict(chunk=None, codes=True, write_attention=3, read_attention=2, deep=True, blind=True, unit_targets=True, gate=True, rule="ridge",
+                target="both", value_rank=2),
+           dict(chunk=5, unit_targets=True, target="both", value_rank=3),
            dict(chunk=None, codes=True, write_attention=1, unit_targets=True, calibrated=True, gate=True, sparse=True, rule="ridge"), dict(chunk=None, unit_targets=True, target="input_embed")]
 
 
@@ -196,13 +240,15 @@ def test_outputs_and_memory_follow_the_formula(family, options, attach):
     spies = {i: Spy(family.model.get_decoder().layers[i].mlp) for i in ttt.config.layers}
     _, memory = write_once(family.model, ttt, ids, mask)
     embedded = family.model.get_input_embeddings()(ids)
+    streams = [plain_stream(ttt, embedded[b, mask[b].bool()], {i: spy.x[b, mask[b].bool()] for i, spy in spies.items()})
+               if ttt.config.deep else {} for b in range(len(rows))]
     for i, spy in spies.items():
         spy.remove()
         source = spy.x if ttt.config.target == "hidden_states" else embedded  # with both, x is beside it
         for b in range(len(rows)):
             real = mask[b].bool()
             share, update = plain_row(ttt.fast[str(i)], ttt.config, source[b, real], spy.x[b, real], spy.h[b, real],
-                                      ttt.down_proj(i).weight)
+                                      ttt.down_proj(i).weight, streams[b].get(i))
             torch.testing.assert_close(spy.output[b, real] - spy.base_output[b, real], share, atol=1e-12, rtol=1e-9)
             torch.testing.assert_close(memory.layers[i].to_dense().update[b], update, atol=1e-12, rtol=1e-9)
         assert memory.layers[i].norm().max() > 1e-3  # there was something to get wrong
@@ -268,6 +314,39 @@ def test_ridge_answers_with_what_was_written_and_a_second_text_adds_only_what_is
     assert again.tokens.tolist() == [24]
 
 
+@pytest.mark.parametrize("changes", [dict(key_map=6), dict(codes=True, write_attention=2, sparse=True, unit_targets=True, target="both")], ids=str)
+def test_the_order_of_texts_does_not_matter_to_a_blind_ridge_memory(family, attach, changes):
+    """A, then B on top; B, then A on top; both side by side in one solve: the same update. The sequential form agrees."""
+    ttt = attach(family, layers=(1, 2), chunk=None, rule="ridge", gate=True, blind=True, **changes)
+    first, second = token_rows((11, 5)), token_rows((7, 9), seed=4)
+    updates = {}
+    for name, (one, two) in {"forth": (first, second), "back": (second, first)}.items():
+        memory = write_once(family.model, ttt, *batch_of(one))[1]
+        after = write_once(family.model, ttt, *batch_of(two), memory=memory)[1]
+        updates[name] = after.dense()
+        updates[name + " sequential"] = write_once(family.model, ttt, *batch_of(two), memory=memory, form="sequential")[1]
+    with torch.no_grad(), ttt.write() as writer:
+        ids, mask = batch_of([row for pair in zip(first, second) for row in pair])
+        writer.expect(mask)
+        run(family.model, ids, mask)
+    updates["side by side"] = writer.memory(2).dense()
+    for name, memory in updates.items():
+        for i, layer in memory.layers.items():
+            torch.testing.assert_close(layer.update, updates["forth"].layers[i].update, atol=1e-9, rtol=1e-7, msg=f"{name}, layer {i}")
+    assert updates["forth"].update_norm().min() > 1e-3
+
+
+def test_a_summed_or_dense_ridge_memory_is_gone_on_from_by_what_it_does_not_answer(llama, attach):
+    ttt = attach(llama, layers=(1,), chunk=None, rule="ridge", key_map=6, gate=True, blind=True)
+    ids, mask = batch_of(token_rows((9,)))
+    memory = write_once(llama.model, ttt, *batch_of(token_rows((11,), seed=4)))[1]
+    for known in (memory.dense(), memory.merge(memory.scale(0)), memory.compact(11)):
+        assert known.layers[1].trust is None
+        again = write_once(llama.model, ttt, ids, mask, memory=known)[1]
+        sequential = write_once(llama.model, ttt, ids, mask, memory=known, form="sequential")[1]
+        torch.testing.assert_close(again.layers[1].to_dense().update, sequential.layers[1].update, atol=1e-9, rtol=1e-7)
+
+
 def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     loaded = tiny("tiny-llama", torch.bfloat16)
     ttt = attach(loaded, layers=(1,), chunk=None, gate=True)
@@ -287,7 +366,8 @@ OPTION_SETS = st.fixed_dictionaries({
     "chunk": st.one_of(st.none(), st.integers(1, 30)), "target": st.sampled_from(["hidden_states", "input_embed", "both"]),
     "rule": st.sampled_from(["hebbian", "ridge"]), "key_map": st.sampled_from([0, 3]),
     "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5]),
-    "codes": st.booleans(), "write_attention": st.sampled_from([0, 2]), "sparse": st.booleans(), "read_gate": st.booleans()
+    "codes": st.booleans(), "write_attention": st.sampled_from([0, 2]), "sparse": st.booleans(), "read_gate": st.booleans(),
+    "threshold": st.booleans(), "value_rank": st.sampled_from([0, 2]), "deep": st.booleans()
 }).map(lambda options: possible(options))
 
 
@@ -295,6 +375,9 @@ def possible(options):
     """The drawn options without combinations that a config refuses."""
     options = options | {"chunk": None} if options["rule"] == "ridge" else options
     options = options | ({"key_map": 0} if options["codes"] else {"write_attention": 0})
+    deep = options["deep"] and options["codes"] and options["write_attention"] and options["target"] != "hidden_states"
+    options = options | ({"read_attention": 2, "blind": True, "chunk": None} if deep else {"deep": False})
+    options = options | {"threshold": options["threshold"] and options["read_gate"] and options["unit_targets"]}
     return options if options["gate"] else options | {"sparse": False}
 
 
@@ -696,14 +779,16 @@ def recall_loss(loaded, ttt, rows, questions, through):
 @pytest.mark.parametrize("options,through", [(dict(chunk=None, rule="ridge", key_map=4, unit_targets=True, gate=True), "no_grad"),
                                              (dict(chunk=None, unit_keys=True, gate=True), "no_grad"),
                                              (dict(chunk=None, codes=True, write_attention=2, read_attention=1, unit_targets=True, gate=True,
-                                                   sparse=True, target="both", blind=True, read_gate=True, attend_embeddings=True), "no_grad"),
+                                                   sparse=True, target="both", blind=True, read_gate=True), "no_grad"),
+                                             (dict(chunk=None, codes=True, write_attention=2, read_attention=1, unit_targets=True, gate=True, deep=True,
+                                                   target="both", blind=True, read_gate=True, threshold=True, value_rank=2), "no_grad"),
                                              (dict(chunk=4, gate=True), "grad"), (dict(chunk=None, target="input_embed"), "no_grad")], ids=str)
 def test_gradients_reach_the_adapter_and_only_the_adapter(family, options, through, attach):
     ttt = attach(family, layers=(1, 2), **options)
     rows, questions = token_rows((9, 6)), token_rows((4, 4), seed=2)
     recall_loss(family, ttt, rows, questions, through).backward()
     assert all(p.grad is None and not p.requires_grad for name, p in family.model.named_parameters())
-    for name, parameter in ttt.fast.named_parameters():
+    for name, parameter in ttt.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
         index = int(parameter.grad.abs().argmax())  # the steepest entry, against a finite difference
         flat, step, losses = parameter.data.view(-1), 1e-5, []

@@ -45,7 +45,9 @@ def random_examples():
 # ---- packing ----
 
 ARMS = {"base": dict(unit_keys=True), "memory": dict(unit_keys=True),
-        "read attention": dict(codes=True, read_attention=2, blind=True, read_gate=True, target="both", attend_embeddings=True)}
+        "read attention": dict(codes=True, read_attention=2, blind=True, read_gate=True, target="both"),
+        "read stream": dict(codes=True, write_attention=2, read_attention=2, deep=True, blind=True, read_gate=True, target="both",
+                            unit_targets=True, threshold=True)}
 
 
 @pytest.mark.parametrize("memory", ARMS)
@@ -158,10 +160,8 @@ def test_the_prompt_shows_the_conversation_only_when_it_is_asked_to():
 
 
 def test_questions_and_answers_are_said_in_the_experiments_form():
-    rng = random.Random("0/1")
-    rng.choice((1,))  # the size of the memory is drawn before
-    sample = training_bank.sample_conversation(rng, "en", "train")
-    example = bank()[1].examples[0]
+    sample = training_bank.sample_conversation(random.Random(7), "en", "train")
+    example = BankDataset(TOKENIZER, ("en",), 1, 1, 4, 0, shown=False).example(random.Random(7), "en", False, 0, None)
     asked = {(prompts.FORMS["en"].question.format(question=p["question"]), f" {p['gold_answer']}\n") for p in sample["probes"]}
     said = [(TOKENIZER.decode(q), TOKENIZER.decode(a)) for q, a in example.pairs]
     assert TOKENIZER.decode(example.written) == sample["conversation"] and set(said) <= asked
