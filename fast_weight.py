@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from memory import leading, pick_columns, unit
+from memory import LayerMemory, expand, leading, meets, pick_columns, unit
 from side_stream import HEAD, attention, distance_bias, split_heads, unit_rms
 
 TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
 RULES = ("hebbian", "ridge")
 PACE = 10      # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
+WIDE_OPEN = 11 / 12   # sigmoid from which on a sparse gate is at its full strength
+AJAR = 0.25           # strength of a sparse gate at the start
 EMBED_SHARE = 0.1   # a calibrated write starts as a tenth of the residual stream: enough for a tied head to say the token
 
 
@@ -42,6 +44,7 @@ class TTTConfig:
     read_attention: int = 0           # heads of attention over the question so far that inform its queries; 0: none
     deep: bool = False                # both attentions are the blocks of side streams, each layer's going on from the one before
     sparse: bool = False              # the gate lies in [0, 1] with exact zeros: a token of strength 0 leaves no slot
+    shut_below: float = 1 / 12        # a sparse gate is shut where its sigmoid is below this; wide open from 11/12 on
     read_gate: bool = False           # learned share in (0, 1) of what is read that a token takes
     threshold: bool = False           # the read gate also looks at how much is read: a faint answer is no answer
     value_rank: int = 0               # P is a diagonal and a product of this rank; 0: a full D x D matrix
@@ -73,6 +76,7 @@ class TTTConfig:
                                                                             "switch read_gate and unit_targets on"),
             (self.value_rank < 0, f"value_rank is {self.value_rank}; use a rank of 1 or more, or 0 for a full matrix"),
             (self.sparse and not self.gate, "sparse shapes the gate; switch gate on"),
+            (not 0 < self.shut_below < WIDE_OPEN, f"shut_below is {self.shut_below}; use a number between 0 and 11/12"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
         ]
@@ -86,9 +90,8 @@ class TTTConfig:
 
 @dataclass
 class Slots:
-    """What a text would leave in one layer, token by token: keys [B, S, F], contents [B, S, D], weights [B, S] (0: nothing).
-
-    worth [B, S]: the gate's logit, None without a gate.
+    """What a text would leave in one layer, token by token: keys [B, S, F] (or codes, see memory.py), contents [B, S, D], weights
+    [B, S] (0: nothing). worth [B, S]: the gate's logit, None without a gate. A leading dimension of layers may stand before B.
     """
 
     keys: torch.Tensor
@@ -127,15 +130,16 @@ class FastWeight(nn.Module):
             self.query_attend = nn.Parameter(draw(hidden_size, 3 * asked))
         if config.gate:
             self.gate = nn.Parameter(torch.zeros(hidden_size + around))
-            self.gate_bias = nn.Parameter(torch.full((1,), -1.0 if config.sparse else 0.0))
+            start = config.shut_below + AJAR * (WIDE_OPEN - config.shut_below) if config.sparse else 0.5
+            self.gate_bias = nn.Parameter(torch.tensor([start]).logit())
         if config.rule == "ridge":
             self.log_ridge = nn.Parameter(torch.tensor([math.log(config.ridge) / PACE]))
         if config.key_map:
             self.key_in, self.key_up = nn.Parameter(draw(hidden_size, config.key_map)), nn.Parameter(draw(config.key_map, feed_forward))
             # equal at the start: a query then finds the key of a like token
             self.query_in, self.query_up = (nn.Parameter(p.detach().clone()) for p in (self.key_in, self.key_up))
+        self.sizes = code_sizes(feed_forward) if config.codes else None
         if config.codes:
-            self.sizes = code_sizes(feed_forward)
             code = draw(hidden_size, sum(self.sizes))
             self.key_code = nn.Parameter(torch.cat([code, torch.zeros(around, sum(self.sizes))]))
             self.query_code = nn.Parameter(torch.cat([code, torch.zeros(asked, sum(self.sizes))]))
@@ -209,14 +213,15 @@ class FastWeight(nn.Module):
             return torch.full_like(informed[..., 0], self.config.eta), None
         worth = informed @ self.gate + self.gate_bias
         if self.config.sparse:  # stretched over [0, 1] and cut: exact zeros (Louizos et al. 2018, hard concrete, without noise)
-            return self.config.eta * (1.2 * torch.sigmoid(worth) - 0.1).clamp(0, 1), worth
+            shut = self.config.shut_below
+            return self.config.eta * ((torch.sigmoid(worth) - shut) / (WIDE_OPEN - shut)).clamp(0, 1), worth
         return self.config.eta * 2 * torch.sigmoid(worth), worth
 
     def chunk_update(self, held, memory_DF: torch.Tensor, known_FF: torch.Tensor, around_BSZ: torch.Tensor | None) -> torch.Tensor:
         """dW [D, F] of one whole chunk without pads (held of one row), by the library's conv1d and a dense solve: what the
         sequential form writes. known: sum of trust_i k_i (x) k_i of the slots whose targets the memory before still knows."""
         slots = self.slots(held, around_BSZ=around_BSZ)
-        key_CF, weight_C = slots.keys[0].to(memory_DF.dtype), slots.weights[0]
+        key_CF, weight_C = expand(slots.keys[0], self.sizes).to(memory_DF.dtype), slots.weights[0]
         taps = lambda t_CD, conv: nn.functional.conv1d(t_CD.T, conv[:, None, :], padding=self.config.kernel // 2, groups=t_CD.shape[1]).T
         x_CD = self.scaled(held.x[0])
         content_CD = taps(x_CD if self.config.target == "hidden_states" else self.scaled(held.source[0]), self.conv) @ self.dense_proj("proj")
@@ -244,15 +249,16 @@ class FastWeight(nn.Module):
         self.query_bias.copy_(-mean_D @ self.query_code[:len(mean_D)])
 
     def key(self, informed: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a token is written under, [..., F] in h's dtype: h, h on the unit sphere, or learned features of x (`informed`)."""
+        """What a token is written under, in h's dtype: h, h on the unit sphere, or learned features of x (`informed`), [..., F]; codes
+        as [..., K]."""
         return self._features(informed, h, "key")
 
     def query(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a token asks with, [..., F]; x and h as the MLP has them. For arms without read attention."""
+        """What a token asks with, as keys are; x and h as the MLP has them. For arms without read attention."""
         return self._features(self.scaled(x), h, "query")
 
     def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
-        """Queries [B, L, F] that also know what is gathered around them."""
+        """Queries [B, L, K] that also know what is gathered around them."""
         return self._features(beside(self.scaled(x_BLD), asked_BLZ), h_BLF, "query")
 
     def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
@@ -268,7 +274,7 @@ class FastWeight(nn.Module):
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:
             first, second = (x @ getattr(self, f"{name}_code") + getattr(self, f"{name}_bias")).split(self.sizes, -1)
-            return (unit(first).unsqueeze(-1) * unit(second).unsqueeze(-2)).flatten(-2).to(h.dtype)
+            return torch.cat([unit(first), unit(second)], -1).to(h.dtype)
         if self.config.key_map:
             mapped = x @ getattr(self, f"{name}_in") @ getattr(self, f"{name}_up")
             return unit(mapped.relu().square()).to(h.dtype)  # squared: a key meets few others
@@ -333,23 +339,22 @@ def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, 
     return pick_columns(target_BSD, column_BS.argsort(dim=1))
 
 
-def fit(keys: dict, wanted: dict, trust: dict) -> dict:
+def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Kernel ridge regression of every layer: {layer: values [B, S, D]}. Layers of one width S are solved in one batch.
 
     dW = sum_i value_i (x) k_i minimises sum_i trust_i |dW k_i - wanted_i|^2 + |dW|^2; tokens of trust 0 get value 0.
-    keys [B, S, F], wanted [B, S, D], trust [B, S] = w / lambda >= 0, each by layer and of one B and D.
+    wanted: keys, and in place of values what is to be read at them; trust [B, S] = w / lambda >= 0, by layer.
     """
     values = {}
     for width in {t.shape[1] for t in trust.values()}:
         layers = [i for i, t in trust.items() if t.shape[1] == width]
-        roots, grams, sides = {}, [], []
-        for i in layers:  # sqrt has no gradient at 0, where a pad stands
-            roots[i] = (torch.where(trust[i] > 0, trust[i], 1.0).sqrt() * (trust[i] > 0)).unsqueeze(-1)
-            key_BSF = keys[i].to(wanted[i].dtype) * roots[i]
-            grams.append(key_BSF @ key_BSF.transpose(1, 2) + torch.eye(width, dtype=key_BSF.dtype, device=key_BSF.device))
-            sides.append(wanted[i] * roots[i])
-        solved = torch.cholesky_solve(torch.cat(sides), torch.linalg.cholesky(torch.cat(grams))).split([len(side) for side in sides])
-        values |= {i: value * roots[i] for i, value in zip(layers, solved)}
+        keys, targets, trusted = (torch.cat(parts) for parts in zip(*((wanted[i].keys, wanted[i].values, trust[i]) for i in layers)))
+        root_NS = torch.where(trusted > 0, trusted, 1.0).sqrt() * (trusted > 0)  # sqrt has no gradient at 0, where a pad stands
+        keys = keys.to(targets.dtype)
+        gram_NSS = meets(keys, keys, wanted[layers[0]].sizes) * root_NS.unsqueeze(-1) * root_NS.unsqueeze(-2)
+        gram_NSS = gram_NSS + torch.eye(width, dtype=gram_NSS.dtype, device=gram_NSS.device)
+        solved = torch.cholesky_solve(targets * root_NS.unsqueeze(-1), torch.linalg.cholesky(gram_NSS)) * root_NS.unsqueeze(-1)
+        values |= dict(zip(layers, solved.split([len(trust[i]) for i in layers])))
     return values
 
 

@@ -1,7 +1,8 @@
 """The memory object: what writing leaves behind in each TTT layer, and everything one may do with it.
 
 A layer's memory is the update dW = sum_i v_i (x) k_i. It is kept factored (keys [B, S, F] and values [B, S, D]) while that is
-smaller than the dense update [B, D, F], and dense after; both read the same answers.
+smaller than the dense update [B, D, F], and dense after; both read the same answers. Keys and queries that are products of two
+codes, k = a (x) b with a of A and b of F / A numbers, come as the codes side by side, K = A + F / A numbers in place of F.
 """
 from __future__ import annotations
 
@@ -36,26 +37,44 @@ def leading(wanted_BS: torch.Tensor, width: int) -> torch.Tensor:
     return (~wanted_BS).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
 
 
+def expand(t: torch.Tensor, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """Keys or queries at their full width F: the outer product of codes [..., A + F / A]; anything else as it is."""
+    if sizes is None or t.shape[-1] != sum(sizes):
+        return t
+    first, second = t.split(sizes, -1)
+    return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+
+
+def meets(query_BMK: torch.Tensor, key_BSK: torch.Tensor, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """Inner products of queries and keys, [B, M, S]. Of codes without their outer products: q k = (a_q a_k) (b_q b_k)."""
+    if sizes is None or query_BMK.shape[-1] != sum(sizes) or key_BSK.shape[-1] != sum(sizes):
+        return expand(query_BMK, sizes).to(key_BSK.dtype) @ expand(key_BSK, sizes).transpose(-1, -2)
+    (query_a, query_b), (key_a, key_b) = (t.split(sizes, -1) for t in (query_BMK, key_BSK))
+    return (query_a @ key_a.transpose(-1, -2)) * (query_b @ key_b.transpose(-1, -2))
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64).
 
     trust: of values that ridge solved for, w_i / lambda of each slot, 0 of an empty one. It is what a later text needs to solve
     for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut or a dense form of a memory has lost it.
+    sizes: (A, F / A) where queries are codes; keys then are codes too, unless the update was cut to a rank.
     """
 
-    keys: torch.Tensor | None = None      # [B, S, F], dtype of the model
+    keys: torch.Tensor | None = None      # [B, S, F] or [B, S, K], dtype of the model
     values: torch.Tensor | None = None    # [B, S, D]
     trust: torch.Tensor | None = None     # [B, S, 1]
     update: torch.Tensor | None = None    # [B, D, F]
+    sizes: tuple[int, int] | None = None
 
     @classmethod
-    def factored(cls, keys_BSF: torch.Tensor, values_BSD: torch.Tensor, trust_BS1: torch.Tensor | None = None) -> "LayerMemory":
-        return cls(keys=keys_BSF, values=values_BSD, trust=trust_BS1)
+    def factored(cls, keys_BSF: torch.Tensor, values_BSD: torch.Tensor, trust_BS1: torch.Tensor | None = None, sizes=None) -> "LayerMemory":
+        return cls(keys=keys_BSF, values=values_BSD, trust=trust_BS1, sizes=sizes)
 
     @classmethod
-    def dense(cls, update_BDF: torch.Tensor) -> "LayerMemory":
-        return cls(update=update_BDF)
+    def dense(cls, update_BDF: torch.Tensor, sizes=None) -> "LayerMemory":
+        return cls(update=update_BDF, sizes=sizes)
 
     @property
     def is_dense(self) -> bool:
@@ -71,10 +90,21 @@ class LayerMemory:
         return {"keys": self.keys, "values": self.values} | ({} if self.trust is None else {"trust": self.trust})
 
     def map(self, function) -> "LayerMemory":
-        return LayerMemory(**{name: function(t) for name, t in self.tensors().items()})
+        return replace(self, **{name: function(t) for name, t in self.tensors().items()})
+
+    @property
+    def feed_forward(self) -> int:
+        """F."""
+        if self.is_dense:
+            return self.update.shape[2]
+        return self.sizes[0] * self.sizes[1] if self.sizes else self.keys.shape[2]
+
+    def full_keys(self) -> torch.Tensor:
+        """[B, S, F], whether or not they are kept as codes."""
+        return expand(self.keys, self.sizes)
 
     def read(self, query_NLF: torch.Tensor) -> torch.Tensor:
-        """query dW^T, [N, L, F] -> [N, L, D] in the memory's dtype.
+        """query dW^T, [N, L, F] (or codes, [N, L, K]) -> [N, L, D] in the memory's dtype.
 
         N is a multiple of the memory's B rows: N / B neighbouring queries share one row without a copy of it.
         """
@@ -82,29 +112,31 @@ class LayerMemory:
             raise ValueError(f"a memory of {self.batch} rows cannot serve a batch of {query_NLF.shape[0]}; use memory.select(rows)")
         query_BMF = query_NLF.reshape(self.batch, -1, query_NLF.shape[2])
         if self.is_dense:
-            out_BMD = query_BMF.to(self.update.dtype) @ self.update.transpose(1, 2)
+            out_BMD = expand(query_BMF, self.sizes).to(self.update.dtype) @ self.update.transpose(1, 2)
         else:
-            # a dense update that was compacted has keys of the update's dtype
-            out_BMD = (query_BMF.to(self.keys.dtype) @ self.keys.transpose(1, 2)).to(self.values.dtype) @ self.values
+            # a dense update that was compacted has keys of the update's dtype; codes are few numbers, so they meet in float32
+            keys = self.keys.to(self.values.dtype) if self.sizes else self.keys
+            out_BMD = meets(query_BMF.to(keys.dtype), keys, self.sizes).to(self.values.dtype) @ self.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
 
     def to_dense(self) -> "LayerMemory":
         if self.is_dense:
             return self
-        return LayerMemory.dense(self.values.transpose(1, 2) @ self.keys.to(self.values.dtype))
+        return LayerMemory.dense(self.values.transpose(1, 2) @ self.full_keys().to(self.values.dtype), self.sizes)
 
     def smaller_form(self) -> "LayerMemory":
         """Dense once S slots cost more numbers than the D x F update does; factored before."""
         if self.is_dense:
             return self
-        (_, slots, feed_forward), hidden = self.keys.shape, self.values.shape[2]
-        return self.to_dense() if slots * (feed_forward + hidden) > feed_forward * hidden else self
+        (_, slots, width), hidden = self.keys.shape, self.values.shape[2]
+        return self.to_dense() if slots * (width + hidden) > self.feed_forward * hidden else self
 
     def plus(self, other: "LayerMemory") -> "LayerMemory":
         """The sum of two updates, row by row."""
         if self.is_dense or other.is_dense:
-            return LayerMemory.dense(self.to_dense().update + other.to_dense().update)
-        return LayerMemory.factored(torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1))
+            return LayerMemory.dense(self.to_dense().update + other.to_dense().update, self.sizes)
+        keys = (self.keys, other.keys) if self.keys.shape[2] == other.keys.shape[2] else (self.full_keys(), other.full_keys())
+        return LayerMemory.factored(torch.cat(keys, 1), torch.cat([self.values, other.values], 1), sizes=self.sizes)
 
     def targets(self) -> torch.Tensor:
         """What the slots were solved for, [B, S, D]; needs trust. Empty slots: what is read there."""
@@ -116,20 +148,20 @@ class LayerMemory:
         if self.is_dense:
             return self.update.flatten(1).norm(dim=1)
         keys = self.keys.to(self.values.dtype)
-        square_B = ((keys @ keys.transpose(1, 2)) * (self.values @ self.values.transpose(1, 2))).sum((1, 2))
+        square_B = (meets(keys, keys, self.sizes) * (self.values @ self.values.transpose(1, 2))).sum((1, 2))
         return square_B.clamp(min=0).sqrt()
 
     def compact(self, rank: int) -> "LayerMemory":
         """The best rank-`rank` update in Frobenius norm (truncated SVD), factored with `rank` slots."""
-        if self.is_dense or self.keys.shape[1] >= min(self.keys.shape[2], self.values.shape[2]):
+        if self.is_dense or self.keys.shape[1] >= min(self.feed_forward, self.values.shape[2]):
             left, scale, right = torch.linalg.svd(self.to_dense().update, full_matrices=False)
         else:  # few slots: dW = V^T K = Qv (Rv Rk^T) Qk^T, and the small middle has the same singular values
-            (basis_v, small_v), (basis_k, small_k) = (torch.linalg.qr(t.transpose(1, 2)) for t in (self.values, self.keys.to(self.values.dtype)))
+            (basis_v, small_v), (basis_k, small_k) = (torch.linalg.qr(t.transpose(1, 2)) for t in (self.values, self.full_keys().to(self.values.dtype)))
             left, scale, right = torch.linalg.svd(small_v @ small_k.transpose(1, 2))
             left, right = basis_v @ left, right @ basis_k.transpose(1, 2)
         values_BRD = (left * scale.unsqueeze(1))[:, :, :rank].transpose(1, 2).contiguous()
         keys_BRF = right[:, :rank].contiguous()
-        return LayerMemory.factored(keys_BRF if self.is_dense else keys_BRF.to(self.keys.dtype), values_BRD)
+        return LayerMemory.factored(keys_BRF if self.is_dense else keys_BRF.to(self.keys.dtype), values_BRD, sizes=self.sizes)
 
     def where(self, wanted_BS: torch.Tensor) -> "LayerMemory":
         """Factored: only the wanted slots, moved to the left end; a row with fewer has slots without a value at the right."""
@@ -186,8 +218,8 @@ class Memory:
 
     def scale(self, factor: float) -> "Memory":
         """The update times `factor`; counts stay."""
-        return self._map(lambda layer: LayerMemory.dense(layer.update * factor) if layer.is_dense
-                         else LayerMemory.factored(layer.keys, layer.values * factor))
+        return self._map(lambda layer: LayerMemory.dense(layer.update * factor, layer.sizes) if layer.is_dense
+                         else LayerMemory.factored(layer.keys, layer.values * factor, sizes=layer.sizes))
 
     def merge(self, other: "Memory") -> "Memory":
         """Row by row the sum of two memories, as if neither text had been read while the other was written."""
@@ -219,13 +251,13 @@ class Memory:
         written = int(self.tokens.max())
 
         def random_layer(layer: LayerMemory) -> LayerMemory:
-            shape = layer.update.shape if layer.is_dense else (layer.batch, layer.values.shape[2], layer.keys.shape[2])
+            shape = layer.update.shape if layer.is_dense else (layer.batch, layer.values.shape[2], layer.feed_forward)
             slots = max(1, min(shape[1], written))  # not the slots the batch happens to have: its neighbours must not matter
             like = layer.update if layer.is_dense else layer.values
             draw = lambda width: torch.randn(shape[0], slots, width, generator=generator).to(like)
             noise = LayerMemory.factored(draw(shape[2]).to((layer.update if layer.is_dense else layer.keys).dtype), draw(shape[1]))
             factor_B = layer.norm() / noise.norm().clamp(min=1e-12)
-            return LayerMemory.factored(noise.keys, noise.values * factor_B[:, None, None])
+            return LayerMemory.factored(noise.keys, noise.values * factor_B[:, None, None], sizes=layer.sizes)
 
         return self._map(random_layer)
 
@@ -251,8 +283,8 @@ class Memory:
     def save(self, path) -> None:
         """Write one safetensors file with its digest inside; written whole or not at all."""
         path = Path(path)
-        norms = json.dumps(self.weight_norms)
-        metadata = {"digest": file_digest(self.named_tensors(), norms), "weight_norms": norms}
+        norms, sizes = json.dumps(self.weight_norms), json.dumps({i: layer.sizes for i, layer in self.layers.items()})
+        metadata = {"digest": file_digest(self.named_tensors(), norms, sizes), "weight_norms": norms, "sizes": sizes}
         part = path.with_name(path.name + ".part")
         save_file({name: t.detach().contiguous().cpu() for name, t in self.named_tensors().items()}, str(part), metadata)
         os.replace(part, path)
@@ -268,28 +300,31 @@ class Memory:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
             raise MemoryFileError(f"{path}: not a whole safetensors file ({error}); write the memory again") from error
-        if metadata.get("digest") != file_digest(tensors, metadata.get("weight_norms", "")):
+        if metadata.get("digest") != file_digest(tensors, metadata.get("weight_norms", ""), metadata.get("sizes", "")):
             raise MemoryFileError(f"{path}: its content does not match its digest; write the memory again")
         layers: dict[int, dict] = {}
         for name in (n for n in tensors if "." in n):
             layers.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = tensors[name]
         norms = {int(i): norm for i, norm in json.loads(metadata["weight_norms"]).items()}
-        memory = Memory({i: LayerMemory(**layers[i]) for i in sorted(layers)}, tensors["tokens"], tensors["chunks"], norms)
+        sizes = {int(i): tuple(pair) if pair else None for i, pair in json.loads(metadata["sizes"]).items()}
+        memory = Memory({i: LayerMemory(**layers[i], sizes=sizes[i]) for i in sorted(layers)}, tensors["tokens"], tensors["chunks"], norms)
         return memory.to(device)
 
 
 def _stack_layer(layers: list[LayerMemory]) -> LayerMemory:
     if any(layer.is_dense for layer in layers):
-        return LayerMemory.dense(torch.cat([layer.to_dense().update for layer in layers]))
+        return LayerMemory.dense(torch.cat([layer.to_dense().update for layer in layers]), layers[0].sizes)
     slots = max(layer.keys.shape[1] for layer in layers)
+    if len({layer.keys.shape[2] for layer in layers}) > 1:
+        layers = [replace(layer, keys=layer.full_keys()) for layer in layers]
     padded = [layer.padded(slots) for layer in layers]
     trust = None if any(p.trust is None for p in padded) else torch.cat([p.trust for p in padded])
-    return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]), trust)
+    return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]), trust, layers[0].sizes)
 
 
-def file_digest(tensors: dict[str, torch.Tensor], norms: str) -> str:
-    """Over everything a memory file holds: the tensors and the norms in its header."""
-    return hashlib.sha256(f"{tensors_digest(tensors)} {norms}".encode()).hexdigest()
+def file_digest(tensors: dict[str, torch.Tensor], norms: str, sizes: str) -> str:
+    """Over everything a memory file holds: the tensors, and the norms and sizes in its header."""
+    return hashlib.sha256(f"{tensors_digest(tensors)} {norms} {sizes}".encode()).hexdigest()
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:

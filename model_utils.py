@@ -48,11 +48,11 @@ def every(step: int, layers: int) -> tuple[int, ...]:
     return tuple(range(0, layers, step))
 
 
-def codes_ttt(layers) -> TTTConfig:
+def codes_ttt(layers, heads: int = 6, value_rank: int = 64) -> TTTConfig:
     """The form of the headline arms (DECISIONS.md says how it was chosen)."""
-    return TTTConfig(layers=tuple(layers), chunk=None, target="both", init="shift", unit_keys=True, gate=True, sparse=True, rule="ridge",
-                     ridge=0.02, unit_targets=True, calibrated=True, codes=True, write_attention=4, read_attention=4, read_gate=True,
-                     blind=True)
+    return TTTConfig(layers=tuple(layers), chunk=None, target="both", init="shift", unit_keys=True, gate=True, sparse=True, shut_below=1 / 3,
+                     rule="ridge", ridge=0.02, unit_targets=True, calibrated=True, codes=True, write_attention=heads, read_attention=heads,
+                     deep=True, read_gate=True, threshold=True, value_rank=value_rank, blind=True)
 
 
 def plain_ttt(layers, unit_targets: bool = True, eta: float = 1.0) -> TTTConfig:
@@ -66,7 +66,7 @@ _TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_la
 
 
 def tiny_row(family: str, config) -> ModelRow:
-    return ModelRow(f"tiny-{family}", codes_ttt((1, 2)), plain_ttt((1, 2)), ("en", "zh"), "none (random weights)", config=config,
+    return ModelRow(f"tiny-{family}", codes_ttt((1, 2), heads=2, value_rank=4), plain_ttt((1, 2)), ("en", "zh"), "none (random weights)", config=config,
                     note="random weights, for tests")
 
 

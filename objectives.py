@@ -4,7 +4,7 @@ The batches come from training_data.py: a Batch of Examples for recall and conte
 
 Beside the answers' cross-entropy a recall arm with codes has four aids, which say directly what the memory is for:
     address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among all
-              slots of the batch and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
+              tokens of eight conversations and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
     worth     the write gate is to open where a fact's value follows, and nowhere else (binary cross-entropy)
     calm      prose read with a memory attached is to be predicted as without (Kullback-Leibler)
     foreign   questions about what was never written are to be answered as without a memory, with their text in the prompt and
@@ -12,6 +12,7 @@ Beside the answers' cross-entropy a recall arm with codes has four aids, which s
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,11 +20,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
-from memory import Memory
+from memory import Memory, meets
 from model_utils import Loaded
 from training_data import IGNORE, NOWHERE, Batch, Packed, pack, pack_row
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
+RIVALS = 8          # neighbouring conversations among whose tokens an address is to be found
+WORTHY = 2.0        # weight of a token worth writing beside one that is not: a fact that is not written costs more than a slot
 NULL = 0.4          # what a query must meet better than to be no query for nothing
 AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights beside the answers' loss (DECISIONS.md)
 
@@ -88,10 +91,10 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
         answered = answer_loss(loaded, packed)
     loss, measures = answered.loss, {}
     if ttt.config.codes:
-        aids = {"address": address_loss(memory, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, measures)}
+        aids = {"address": address_loss(writer.slots.keys, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, ttt.fast[str(ttt.config.layers[0])].sizes, measures)}
         if ttt.config.gate:
             worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
-            aids["worth"] = worth_loss(writer.worth, worth, mask, measures)
+            aids["worth"] = worth_loss(writer.slots.worth, worth, mask, measures)
         if batch.calm:
             aids["calm"] = calm_loss(loaded, ttt, memory, batch.calm, device)
         if batch.foreign:
@@ -103,37 +106,43 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
     return Step(loss, answered.labels, answered.right, tokens, memory, measures)
 
 
-def address_loss(memory: Memory, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, measures: dict) -> torch.Tensor:
-    """InfoNCE of the asking queries [M, F] over all slots of the batch and the null, mean over the layers."""
-    slots = mask_BS.shape[1]
-    row_M = asks_BT.nonzero()[:, 0]
-    wanted_M = torch.where(address_M == NOWHERE, 0, 1 + row_M * slots + address_M)
+def address_loss(key_YBSK: torch.Tensor, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, sizes, measures: dict) -> torch.Tensor:
+    """InfoNCE of the asking queries over the tokens of RIVALS conversations and the null, mean over the Y layers.
+
+    keys: of all written tokens; queries: {layer: [M, K]} in the order in which asks [B, T] is true; address [M]; sizes: the codes'.
+    """
+    rows, slots = mask_BS.shape
+    rivals = math.gcd(RIVALS, rows)
+    row_M, place_M = asks_BT.nonzero()[:, 0], (asks_BT.cumsum(1) - 1)[asks_BT]
+    query_YMK = torch.stack([queries[index] for index in sorted(queries)])
+    query_YBQK = query_YMK.new_zeros(len(query_YMK), rows, int(asks_BT.sum(1).max()), query_YMK.shape[2])
+    query_YBQK = query_YBQK.index_put((torch.arange(len(query_YMK), device=row_M.device)[:, None], row_M[None], place_M[None]), query_YMK)
+    side_by_side = lambda t, width: t.reshape(len(query_YMK), rows // rivals, width, -1)
+    met = meets(side_by_side(query_YBQK, rivals * query_YBQK.shape[2]), side_by_side(key_YBSK, rivals * slots), sizes).float()
+    met = met.masked_fill(~mask_BS.bool().reshape(rows // rivals, 1, -1), -1.0).reshape(len(query_YMK), *query_YBQK.shape[1:3], -1)
+    met_YMN = met[:, row_M, place_M]
+    met_YMN = torch.cat([torch.full_like(met_YMN[..., :1], NULL), met_YMN], 2)
+    wanted_M = torch.where(address_M == NOWHERE, 0, 1 + row_M % rivals * slots + address_M)
     wanted_M = torch.where(address_M == IGNORE, IGNORE, wanted_M)
+    wanted_YM = wanted_M.expand(len(query_YMK), -1)
     in_text_M = address_M >= 0
-    losses, found = [], []
-    for index, query_MF in queries.items():
-        key_NF = memory.layers[index].keys.reshape(-1, query_MF.shape[1])
-        meets_MN = (query_MF @ key_NF.T).float().masked_fill(~mask_BS.bool().reshape(1, -1), -1.0)
-        meets_MN = torch.cat([torch.full_like(meets_MN[:, :1], NULL), meets_MN], 1)
-        summed = cross_entropy(SHARPNESS * meets_MN, wanted_M, ignore_index=IGNORE, reduction="sum")
-        losses.append(summed / (wanted_M != IGNORE).sum().clamp(min=1))  # a batch may know no address at all
-        with torch.no_grad():
-            found.append((meets_MN.argmax(1) == wanted_M)[in_text_M].float())
     if in_text_M.any():  # share of answer tokens whose slot is the one met best, by layer
-        measures["found"] = torch.stack(found).mean(1)
-    return torch.stack(losses).mean()
+        with torch.no_grad():
+            measures["found"] = (met_YMN.argmax(2) == wanted_YM)[:, in_text_M].float().mean(1)
+    summed = cross_entropy(SHARPNESS * met_YMN.flatten(0, 1), wanted_YM.flatten(), ignore_index=IGNORE, reduction="sum")
+    return summed / (wanted_YM != IGNORE).sum().clamp(min=1)  # a batch may know no address at all
 
 
-def worth_loss(logits: dict, worth_BS: torch.Tensor, mask_BS: torch.Tensor, measures: dict) -> torch.Tensor:
+def worth_loss(logit_YBS: torch.Tensor, worth_BS: torch.Tensor, mask_BS: torch.Tensor, measures: dict) -> torch.Tensor:
     """Binary cross-entropy of the write gates, mean over real tokens and layers."""
     real = mask_BS.bool()
     wanted = worth_BS[real].float()
-    judged = torch.stack([logit[real] for logit in logits.values()])
+    judged = logit_YBS[:, real]
     with torch.no_grad():
-        open_ = (judged > 0).float()  # above half its strength; a sparse gate leaves a slot already from -2.4 on
+        open_ = (judged > 0).float()  # a sparse gate leaves a slot already from the logit of shut_below on
         measures["gate_recall"] = (open_ * wanted).sum(1) / wanted.sum().clamp(min=1)
         measures["gate_precision"] = (open_ * wanted).sum(1) / open_.sum(1).clamp(min=1)
-    return binary_cross_entropy_with_logits(judged, wanted.expand_as(judged))
+    return binary_cross_entropy_with_logits(judged, wanted.expand_as(judged), pos_weight=judged.new_tensor(WORTHY))
 
 
 def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[int]], device) -> torch.Tensor:

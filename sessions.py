@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fast_weight import FastWeight, Slots, chunk_of, fit, write_bias
-from memory import LayerMemory, Memory, leading, pick_columns
+from memory import LayerMemory, Memory, expand, leading, meets, pick_columns
 from side_stream import distance_bias, unit_rms
 
 
@@ -116,7 +116,7 @@ class Writer:
         self.differentiable, self.form = differentiable, form
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self.pending: dict[int, Pending] = {}
-        self.worth: dict[int, torch.Tensor] = {}  # the gate's logits [B, S] by layer, after memory() of a differentiable write
+        self.slots: Slots | None = None  # of all tokens, layer by layer in order: [layers, B, ...], after memory() of a differentiable write
         self.tokens_B: torch.Tensor | None = None
         self._real_BL = self._position_BL = self._embed_BLD = None
         self._passed: set[int] = set()  # layers that the announced call has been through
@@ -164,7 +164,7 @@ class Writer:
         query_BLF, slots = fast.query(new.x, new.h), fast.slots(held)
         value_BSD = slots.contents * (slots.weights * held.fresh).unsqueeze(-1)
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
-        score_BLS = (query_BLF @ slots.keys.transpose(1, 2)).to(value_BSD.dtype) * visible_BLS
+        score_BLS = meets(query_BLF, slots.keys, fast.sizes).to(value_BSD.dtype) * visible_BLS
         share_BLD = score_BLS @ value_BSD
         if index in self.done:
             share_BLD = share_BLD + self.done[index].read(query_BLF)
@@ -192,7 +192,7 @@ class Writer:
         """Hebbian: the outer products of the chosen tokens."""
         slots = fast.slots(held)
         value_BSD = slots.contents * (slots.weights * chosen_BS).unsqueeze(-1)
-        update = LayerMemory.factored(slots.keys, value_BSD)
+        update = LayerMemory.factored(slots.keys, value_BSD, sizes=fast.sizes)
         return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
     def _stream(self, index: int, before_BSZ: torch.Tensor | None, held: Pending, bias_BHSS: torch.Tensor | None = None) -> torch.Tensor:
@@ -201,45 +201,51 @@ class Writer:
         before_BSZ = stream.begin(fast.scaled(held.source)) if before_BSZ is None else before_BSZ
         return stream(index, before_BSZ, fast.scaled(held.x), write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
 
-    def _all_slots(self) -> dict[int, Slots]:
-        """The slots of every layer's held tokens, all layers in one batched pass: the layers differ in their numbers only."""
-        fasts = [self.owner.fast[str(index)] for index in self.pending]
+    def _all_slots(self) -> Slots:
+        """The slots of every layer's held tokens, [layers, B, ...], in one batched pass: the layers differ in their numbers only."""
+        config, fasts = self.owner.config, [self.owner.fast[str(index)] for index in self.pending]
         helds = list(self.pending.values())
-        bias_BHSS = write_bias(helds[0], self.owner.config)  # of the tokens, so alike in all layers
+        bias_BHSS = write_bias(helds[0], config)  # of the tokens, so alike in all layers
         tensors = [dict(fast.named_parameters()) | dict(fast.named_buffers()) for fast in fasts]
         numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
-        inputs = [torch.stack([getattr(held, name) for held in helds]) for name in ("source", "x", "h")]
-        if self.owner.config.deep:
+        stacked = lambda name: torch.stack([getattr(held, name) for held in helds])
+        x = stacked("x")
+        inputs = {"x": x, "h": x if config.codes else stacked("h")}  # codes are made of x alone
+        if config.target == "hidden_states":
+            inputs["source"] = x
+        if config.deep:
             states = [None]
             for index, held in self.pending.items():
                 states.append(self._stream(index, states[-1], held, bias_BHSS))
-            inputs.append(unit_rms(torch.stack(states[1:])))
+            inputs["around"] = unit_rms(torch.stack(states[1:]))
 
-        def slots(numbers, source, x, h, around=None):
-            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], source=source, x=x, h=h), bias_BHSS, around))
-            return (made.keys, made.contents, made.weights) + ((made.worth,) if self.owner.config.gate else ())
+        def slots(numbers, inputs):
+            around = inputs.pop("around", None)
+            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], **inputs), bias_BHSS, around))
+            return (made.keys, made.contents, made.weights) + ((made.worth,) if config.gate else ())
 
         # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
-        outputs = torch.vmap(slots, chunk_size=None if self.differentiable else 1)(numbers, *inputs)
-        return {index: Slots(*(t[i] for t in outputs)) for i, index in enumerate(self.pending)}
+        return Slots(*torch.vmap(slots, chunk_size=None if self.differentiable else 1)(numbers, inputs))
 
     def _flush(self, group: int) -> dict[int, LayerMemory]:
         """What the tokens still held add to each layer."""
-        slots = self._all_slots()
-        self.worth = {index: s.worth for index, s in slots.items()} if self.differentiable else {}
-        weights = {index: slots[index].weights * held.fresh for index, held in self.pending.items()}
-        updates = {index: LayerMemory.factored(s.keys, s.contents) for index, s in slots.items()}
-        if self.owner.config.sparse and not self.differentiable:  # what has no strength leaves no slot, nor a row in the solve
-            kept = {index: update.where(weights[index] > 0) for index, update in updates.items()}
-            width = max(update.keys.shape[1] for update in kept.values())
-            weights = {index: pick_columns(w, leading(w > 0, width)) for index, w in weights.items()}
-            updates = {index: update.padded(width) for index, update in kept.items()}
-        if group > 1:
-            weights = {index: w.reshape(-1, group * w.shape[1]) for index, w in weights.items()}
-            updates = {index: update.grouped(group) for index, update in updates.items()}
-        if self.owner.config.rule == "hebbian":
-            return {index: LayerMemory.factored(u.keys, u.values * weights[index].unsqueeze(-1)) for index, u in updates.items()}
-        return self._solve(updates, {index: weights[index] / self.owner.fast[str(index)].ridge() for index in updates})
+        config, slots = self.owner.config, self._all_slots()
+        self.slots = slots if self.differentiable else None
+        fresh_BS = next(iter(self.pending.values())).fresh
+        weights, keys, contents = slots.weights * fresh_BS, slots.keys, slots.contents
+        if config.sparse:  # what has no strength leaves no slot, nor a row in the solve; there is no gradient through it either
+            width = max(1, int((weights > 0).sum(-1).max()))
+            column_NS = leading((weights > 0).flatten(0, 1), width)
+            keys, contents, weights = (pick_columns(t.flatten(0, 1), column_NS).unflatten(0, t.shape[:2]) for t in (keys, contents, weights))
+        side_by_side = lambda t: t.unflatten(1, (-1, group)).flatten(2, 3)
+        keys, contents, weights = (side_by_side(t) for t in (keys, contents, weights))
+        sizes = self.owner.fast[str(config.layers[0])].sizes
+        if config.rule == "hebbian":
+            contents = contents * weights.unsqueeze(-1)
+        updates = {index: LayerMemory.factored(k, v, sizes=sizes) for index, k, v in zip(self.pending, keys, contents)}
+        if config.rule == "hebbian":
+            return updates
+        return self._solve(updates, {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(self.pending, weights)})
 
     def _solve(self, updates: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, LayerMemory]:
         """Ridge: the values that answer the updates' contents at their keys, and all that the memory before still knows the targets of.
@@ -250,13 +256,13 @@ class Writer:
         for index in self.start.layers if self.start else ():
             old, new = self.done[index], updates[index]
             if old.trust is None:
-                updates[index] = LayerMemory.factored(new.keys, new.values - old.read(new.keys))
+                updates[index] = replace(new, values=new.values - old.read(new.keys))
             else:
-                updates[index] = LayerMemory.factored(torch.cat([old.keys, new.keys], 1), torch.cat([old.targets(), new.values], 1))
+                updates[index] = replace(new, keys=torch.cat([old.keys, new.keys], 1), values=torch.cat([old.targets(), new.values], 1))
                 trust[index] = torch.cat([old.trust[..., 0], trust[index]], 1)
                 del self.done[index]  # its slots are among the new ones
-        solved = fit({i: u.keys for i, u in updates.items()}, {i: u.values for i, u in updates.items()}, trust)
-        return {i: LayerMemory.factored(u.keys, solved[i], trust[i].unsqueeze(-1)) for i, u in updates.items()}
+        solved = fit(updates, trust)
+        return {i: replace(update, values=solved[i], trust=trust[i].unsqueeze(-1)) for i, update in updates.items()}
 
     def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
         """The oracle: row by row, chunk after chunk, a running dense update; its own plain conv1d."""
@@ -269,14 +275,14 @@ class Writer:
             if old is not None:
                 update_DF = old.to_dense().update[b]
             if old is not None and old.trust is not None:
-                key_SF = old.keys[b].to(update_DF.dtype)
+                key_SF = old.full_keys()[b].to(update_DF.dtype)
                 known_FF = (key_SF * old.trust[b]).T @ key_SF
             share_LD = torch.zeros(new.x.shape[1], row.x.shape[2], dtype=update_DF.dtype, device=row.x.device)
             for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
                 chunk = Pending(*(t[:, tokens] for t in row.fields()))
                 if not self.owner.config.blind:
-                    query_LF = fast.query(chunk.x[0], chunk.h[0]).to(update_DF.dtype)
-                    share_LD[real[tokens]] = fast.taken(chunk.x[0], query_LF @ update_DF.T)
+                    met_LD = expand(fast.query(chunk.x[0], chunk.h[0]), fast.sizes).to(update_DF.dtype) @ update_DF.T
+                    share_LD[real[tokens]] = fast.taken(chunk.x[0], met_LD)
                 around_BSZ = None
                 if self.owner.config.deep:  # blind, so the text is this one chunk
                     self._streams[b] = self._stream(index, self._streams.get(b), chunk)
@@ -284,7 +290,7 @@ class Writer:
                 update_DF = update_DF + fast.chunk_update(chunk, update_DF, known_FF, around_BSZ)
             rows.append(share_LD)
             updates.append(update_DF)
-        self.done[index] = LayerMemory.dense(torch.stack(updates))
+        self.done[index] = LayerMemory.dense(torch.stack(updates), fast.sizes)
         return torch.stack(rows)
 
     def memory(self, group: int = 1) -> Memory:

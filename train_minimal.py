@@ -143,13 +143,14 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--key-map", type=int, help="rank of learned maps to keys and queries, 0 for none (default: the row)")
     arm.add_argument("--write-attention", type=int, help="heads of attention over the written text, 0 for none (default: the row)")
     arm.add_argument("--read-attention", type=int, help="heads of attention over the question, 0 for none (default: the row)")
+    arm.add_argument("--shut-below", type=float, help="sigmoid below which a sparse gate is shut (default: the row)")
     arm.add_argument("--value-rank", type=int, help="rank of P beside its diagonal, 0 for a full matrix (default: the row)")
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     data = parser.add_argument_group("the data")
     data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
-    data.add_argument("--conversations", type=int, default=32, help="conversations per update (default: %(default)s)")
+    data.add_argument("--conversations", type=int, default=64, help="conversations per update (default: %(default)s)")
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
     data.add_argument("--groups", help=f"for recall: sizes to draw from, so many rows are written into one memory (default: {GROUPS})")
     data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
@@ -195,7 +196,7 @@ def ttt_config(arguments, row):
     config = override_ttt(getattr(row, form), layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
                           init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
                           key_map=arguments.key_map, write_attention=arguments.write_attention, read_attention=arguments.read_attention,
-                          value_rank=arguments.value_rank,
+                          value_rank=arguments.value_rank, shut_below=arguments.shut_below,
                           **{field: getattr(arguments, field) for field in (name.replace("-", "_") for name in SWITCHES)},
                           chunk=int(chunk) if chunk and chunk != "whole" else None)
     if arguments.objective == "lm" and chunk == "whole":

@@ -15,7 +15,7 @@ from fast_weight import code_sizes
 from fast_weight import code_sizes
 from fast_weight import code_sizes
 from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
-from memory import Memory, tensors_digest
+from memory import Memory, expand, meets, tensors_digest
 from sessions import Pending
 
 PAD = 256
@@ -171,7 +171,8 @@ def plain_chunk(fast, config, source_CD, x_CD, weight_DF, stream=None):
         gate = 1.0
         if config.gate:
             gate = 1 / (1 + torch.exp(-(torch.cat([x_CD[i], around]) @ fast.gate + fast.gate_bias)))
-            gate = min(max(1.2 * gate - 0.1, gate.new_zeros(1)), gate.new_ones(1)) if config.sparse else 2 * gate
+            stretched = (gate - config.shut_below) / (11 / 12 - config.shut_below)
+            gate = min(max(stretched, gate.new_zeros(1)), gate.new_ones(1)) if config.sparse else 2 * gate
         contents.append(unit * content)
         strengths.append(config.eta * gate)
     return contents, strengths
@@ -229,7 +230,7 @@ OPTIONS = [dict(chunk=1), dict(chunk=5), dict(chunk=None, unit_keys=True), dict(
            dict(chunk=None, codes=True, write_attention=3, read_attention=2, deep=True, blind=True, unit_targets=True, gate=True, rule="ridge",
                 target="both", value_rank=2),
            dict(chunk=5, unit_targets=True, target="both", value_rank=3),
-           dict(chunk=None, codes=True, write_attention=1, unit_targets=True, calibrated=True, gate=True, sparse=True, rule="ridge"), dict(chunk=None, unit_targets=True, target="input_embed")]
+           dict(chunk=None, codes=True, write_attention=1, unit_targets=True, calibrated=True, gate=True, sparse=True, rule="ridge", shut_below=0.4), dict(chunk=None, unit_targets=True, target="input_embed")]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -571,15 +572,17 @@ CODES = dict(chunk=None, codes=True, write_attention=2, unit_targets=True, gate=
 @pytest.mark.parametrize("rule", ["hebbian", "ridge"])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
 def test_a_token_without_strength_leaves_no_slot_and_is_not_missed(name, rule, attach):
-    """The pruned memory is smaller and is the same update as the one that keeps every token, which training uses."""
+    """The pruned memory is smaller than the text, in training too, and is the same update as the sequential form's, which keeps all."""
     family = tiny(name)
     ttt = attach(family, rule=rule, **CODES)
     for fast in ttt.fast.values():
         fast.gate.mul_(8)  # some tokens shut, some wide open
     ids, mask = batch_of(token_rows(LENGTHS))
-    kept, whole = (write_once(family.model, ttt, ids, mask, differentiable=differentiable)[1] for differentiable in (False, True))
-    assert max(layer.keys.shape[1] for layer in kept.layers.values()) < max(LENGTHS) <= whole.layers[0].keys.shape[1]
-    assert_same_memory(kept, whole, atol=1e-10)
+    whole = write_once(family.model, ttt, ids, mask, form="sequential")[1]
+    for differentiable in (False, True):
+        kept = write_once(family.model, ttt, ids, mask, differentiable=differentiable)[1]
+        assert max(layer.keys.shape[1] for layer in kept.layers.values()) < max(LENGTHS)
+        assert_same_memory(kept, whole, atol=1e-10)
 
 
 def test_a_text_of_which_nothing_is_worth_writing_leaves_an_empty_memory(llama, attach):
@@ -639,8 +642,10 @@ def test_a_key_meets_a_query_where_both_codes_do(llama, attach):
     x = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     first, second = (x @ fast.key_code + fast.key_bias).split(fast.sizes, -1)
     cosine = torch.nn.functional.cosine_similarity
-    key = fast.key(x, x.new_zeros(2, 64))
-    assert key.shape == (2, 64) and fast.sizes == (8, 8)
+    codes = fast.key(x, x.new_zeros(2, 64))
+    key = expand(codes, fast.sizes)
+    assert codes.shape == (2, 16) and key.shape == (2, 64) and fast.sizes == (8, 8)
+    torch.testing.assert_close(key[0] @ key[1], meets(codes[None, :1], codes[None, 1:], fast.sizes)[0, 0, 0])
     torch.testing.assert_close(key[0] @ key[1], cosine(first[0], first[1], dim=0) * cosine(second[0], second[1], dim=0))
     torch.testing.assert_close(key.norm(dim=1), torch.ones(2, dtype=torch.float64))
 

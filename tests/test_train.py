@@ -154,6 +154,7 @@ def test_an_address_is_found_when_the_query_is_its_key(attached):
     loaded, batch = tiny("tiny-llama"), conversations()
     ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, blind=True))
     _, memory, mask = asking(loaded, ttt, batch, {})
+    keys = torch.stack([layer.keys for layer in memory.layers.values()])
     rows, slots = torch.tensor([0, 1, 1, 3]), torch.tensor([5, 5, 6, 6])  # slots 0 to 4 are alike in all rows
     asks = torch.zeros(4, 3, dtype=torch.bool)
     asks[[0, 1, 1, 3], [0, 0, 1, 2]] = True
@@ -161,7 +162,7 @@ def test_an_address_is_found_when_the_query_is_its_key(attached):
     for shift, share in ((0, 1.0), (1, 0.0)):
         queries = {i: layer.keys[rows, slots + shift] for i, layer in memory.layers.items()}
         measures = {}
-        losses.append(objectives.address_loss(memory, queries, slots, asks, mask, measures).item())
+        losses.append(objectives.address_loss(keys, queries, slots, asks, mask, ttt.fast["1"].sizes, measures).item())
         assert measures["found"].tolist() == [share, share]
     assert losses[0] < 1.0 < 3.0 < losses[1]
 
@@ -186,9 +187,9 @@ def test_prose_is_calm_under_an_empty_memory_and_not_under_a_full_one(attached):
 def test_the_worth_of_a_token_is_what_its_gate_says():
     logits, mask = torch.tensor([[9.0, -9.0, -9.0, 9.0]]), torch.tensor([[1, 1, 1, 0]])  # a pad does not count
     right, wrong, measures = torch.tensor([[1, 0, 0, 0]]), torch.tensor([[0, 1, 1, 0]]), {}
-    assert objectives.worth_loss({1: logits}, right, mask, measures).item() < 0.01
+    assert objectives.worth_loss(logits[None], right, mask, measures).item() < 0.01
     assert measures["gate_recall"].tolist() == measures["gate_precision"].tolist() == [1.0]
-    assert objectives.worth_loss({1: logits}, wrong, mask, measures).item() > 5
+    assert objectives.worth_loss(logits[None], wrong, mask, measures).item() > 5
 
 
 # ---- the command ----
