@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import prompts
@@ -36,6 +37,7 @@ from training_data import BankDataset, TextDataset, batches, load_texts
 from training_state import STATE, identity, keep_log, resume, save_state
 
 UPDATES = {"recall": 679, "lm": 520, "context": 520}  # what fitted into the sessions of the reported runs
+CONVERSATIONS = {"recall": 64, "lm": 32, "context": 32}
 LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
 GROUPS = "1,1,2,4"
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
@@ -150,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     data = parser.add_argument_group("the data")
     data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
-    data.add_argument("--conversations", type=int, default=64, help="conversations per update (default: %(default)s)")
+    data.add_argument("--conversations", type=int, help=f"conversations per update (default: {CONVERSATIONS})")
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
     data.add_argument("--groups", help=f"for recall: sizes to draw from, so many rows are written into one memory (default: {GROUPS})")
     data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
@@ -172,6 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
+    arguments.conversations = CONVERSATIONS[arguments.objective] if arguments.conversations is None else arguments.conversations
     if arguments.objective == "recall":
         arguments.groups = arguments.groups or GROUPS
     elif arguments.groups:
@@ -324,6 +327,8 @@ def save_checkpoint(folder: Path, ttt, lora, manifest: dict) -> None:
     part = folder / "lora.part"
     lora.save_pretrained(part, save_embedding_layers=False)  # the base has them
     (part / "README.md").unlink()  # peft's empty model card
+    weights = part / "adapter_model.safetensors"
+    save_file({name: t.half() for name, t in load_file(weights).items()}, weights, {"format": "pt"})  # float16, as fast weights are kept
     shutil.rmtree(folder / "lora", ignore_errors=True)
     os.replace(part, folder / "lora")
     write_manifest(folder, manifest, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])

@@ -21,6 +21,7 @@ CALM_TOKENS = 48        # a row of unrelated prose that is read with a memory at
 FOREIGN_EVERY = 2       # every second update asks about conversations that nobody wrote
 FOREIGN_SHARE = 8       # one such row for so many conversations
 FOREIGN_PROBES = 4      # questions of such a row
+ALONE = 32              # updates before which no two conversations share a memory: the gates learn first what to leave out
 ALIKE = 0.5             # share of shared memories whose conversations are about the same topics
 PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation
 PROSE_MOST = 2          # passages, at most
@@ -56,8 +57,8 @@ class BankDataset(Dataset):
     """Item u: the Batch of update u, drawn from the training bank.
 
     shown: whether the prompt shows the conversation (A_tuned) or only asks about it (the memory arms).
-    groups: sizes of memory to draw from, each update its own: so many neighbouring rows are written into one memory. In
-    groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
+    groups: sizes of memory to draw from, each update its own (the first ones the least): so many neighbouring rows are written into
+    one memory. In groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
     calm: whether every fourth update also brings prose to be read with a memory attached. foreign: whether every second one brings
     questions about conversations that are not in memory.
     """
@@ -72,7 +73,7 @@ class BankDataset(Dataset):
     def __getitem__(self, update: int) -> Batch:
         rng = random.Random(f"{self.seed}/{update}")
         prose = rng.randint(1, PROSE_MOST) if update % PROSE_EVERY == PROSE_EVERY - 1 else 0
-        group = rng.choice(self.groups)
+        group = rng.choice(self.groups) if update >= ALONE else min(self.groups)
         memories = self.conversations // group
         langs = [self.langs[number % len(self.langs)] for number in range(memories)]
         topics = [training_bank.draw_topics(rng, lang) if rng.random() < ALIKE else None for lang in langs]
