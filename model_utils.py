@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -236,8 +236,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 # ---- adapters on disk ----
 
-def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict) -> None:
-    """Write adapter.safetensors (float16) and manifest.json with its SHA-256; each file appears whole or not at all."""
+def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict, more_files=()) -> None:
+    """Write adapter.safetensors (float16) and manifest.json with its SHA-256 and those of more files of the folder; each appears
+    whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.tensors().items()}
     for name, tensor in tensors.items():
@@ -246,7 +247,7 @@ def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict) -> None:
     part = folder / "adapter.safetensors.part"
     save_file(tensors, str(part))
     os.replace(part, folder / "adapter.safetensors")
-    write_manifest(folder, manifest, ["adapter.safetensors"])
+    write_manifest(folder, manifest, ["adapter.safetensors", *more_files])
 
 
 def check_base(manifest: dict, folder, loaded: Loaded) -> None:
@@ -256,10 +257,10 @@ def check_base(manifest: dict, folder, loaded: Loaded) -> None:
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
 
 
-def load_adapter(folder, loaded: Loaded) -> tuple[InPlaceTTT, dict]:
-    """Attach a checkpoint's adapter to its base. Returns (adapter on the model's device in float32, manifest).
+def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPlaceTTT, dict]:
+    """Attach a checkpoint's adapter to its base, a joint arm's LoRA too. Returns (adapter on the model's device in float32, manifest).
 
-    Raises UserError when it is missing, cut short, changed, of another base, or not a fast-weight adapter.
+    lora_is_on: the caller has put a LoRA on the base. Raises UserError when it is missing, cut short, changed, of another base, or not a fast-weight adapter.
     """
     manifest = read_manifest(folder)
     check_base(manifest, folder, loaded)
@@ -274,6 +275,8 @@ def load_adapter(folder, loaded: Loaded) -> tuple[InPlaceTTT, dict]:
         tensors = load_file(str(Path(folder) / "adapter.safetensors"))
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
+    if manifest["lora"] and not lora_is_on:
+        load_lora(folder, loaded)
     ttt = InPlaceTTT(loaded.model, config)
     try:
         ttt.load_tensors({name: t.float() for name, t in tensors.items()})
@@ -283,9 +286,17 @@ def load_adapter(folder, loaded: Loaded) -> tuple[InPlaceTTT, dict]:
     return ttt.requires_grad_(False), manifest
 
 
-def load_lora(folder, loaded: Loaded) -> None:
-    """Put a checkpoint's LoRA on its base, in place; the caller has checked the manifest. For A_tuned and joint arms."""
-    PeftModel.from_pretrained(loaded.model, str(Path(folder) / "lora")).requires_grad_(False)
+def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
+    """Put a checkpoint's LoRA on its base, in place; the caller has checked the manifest. For A_tuned and joint arms.
+
+    Raises UserError where the file's tensors are not exactly those of a LoRA on this base: the library would leave the rest at zero.
+    """
+    path = Path(folder) / "lora"
+    lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)
+    strange = set(get_peft_model_state_dict(lora)) ^ set(load_file(str(path / "adapter_model.safetensors")))
+    if strange:
+        raise UserError(f"{path}/adapter_model.safetensors: does not fit {loaded.row.name} ({sorted(strange)[0]}); restore the file")
+    return lora if trainable else lora.requires_grad_(False)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

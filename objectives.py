@@ -22,7 +22,7 @@ from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory, meets
 from model_utils import Loaded
-from training_data import IGNORE, NOWHERE, Batch, Packed, pack, pack_row
+from training_data import IGNORE, NOWHERE, Batch, Packed, columns, pack, pack_row
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 RIVALS = 8          # neighbouring conversations among whose tokens an address is to be found
@@ -51,7 +51,7 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
 
     Under a causal mask a pad on the left attends to nothing, and fused attention kernels give such a row NaN gradients.
     """
-    width = max(map(len, rows))
+    width = columns(rows)
     ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]).to(device, non_blocking=True)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).to(device, non_blocking=True)
     return ids, mask
@@ -74,12 +74,12 @@ def answer_loss(loaded: Loaded, packed: Packed) -> Step:
     return Step(cross_entropy(logits, wanted), wanted.numel(), right, packed.ids.numel())
 
 
-def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS) -> Step:
-    """Write each conversation, drop it, and answer with the memory alone."""
+def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS, joint: bool = False) -> Step:
+    """Write each conversation, drop it, and answer with the memory alone. joint: the base that writes learns too."""
     pad_id = loaded.tokenizer.pad_token_id
     ids, mask = pad_right([example.written for example in batch.examples], pad_id, device)
-    # the base's activations while writing carry no gradient; the values, recomputed from them in memory(), do
-    with torch.no_grad(), ttt.write(differentiable=True) as writer:
+    # a frozen base's activations while writing carry no gradient; the values, made of them in memory(), do
+    with torch.set_grad_enabled(joint), ttt.write(differentiable=True) as writer:
         writer.expect(mask)
         loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory(batch.group)

@@ -28,7 +28,7 @@ from in_place_ttt import InPlaceTTT
 from manifests import UserError, file_sha256, provenance, read_manifest, run_script, write_json
 from memory import Memory
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
-from results_files import open_folder
+from results_files import MEMORYLESS, open_folder
 
 MAX_NEW_TOKENS = 24       # the longest gold answer is about half of this in every tokenizer of the table
 MAX_BATCH_TOKENS = 16384  # padded tokens of one batch of long texts; bounds the memory a batch takes
@@ -310,6 +310,11 @@ def main() -> None:
 
 def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, started) -> None:
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
+    if not manifest.get("frozen", True):
+        alone = [c.name for c in conditions if c.name in MEMORYLESS]
+        if alone:
+            raise UserError(f"--conditions {alone[0]}: asks the base alone, and {arguments.adapter} has a LoRA on it (a joint arm); "
+                            "run it with a frozen arm, or without --adapter")
     tuned = read_manifest(arguments.tuned_adapter) if arguments.tuned_adapter else None
     if tuned:
         check_base(tuned, arguments.tuned_adapter, loaded)

@@ -23,11 +23,12 @@ import torch
 import benchmark_file
 import decoding
 import prompts
+from arms import base_digest
 from decoding import check_window, forward, greedy, prefill, write_rows
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, run_script
-from memory import Memory, tensors_digest
+from memory import Memory
 from model_utils import MODELS, Loaded, find_row, load_adapter, load_model, pick_device
 
 TEXTS = 3              # conversations the checks of the mechanism write
@@ -101,11 +102,6 @@ def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tens
     """Logits [R, V] of the rows' tokens (pads left out) from one forward call; a writer is told what comes."""
     logits, _, mask = decoding.whole_rows(loaded.model, rows, loaded.tokenizer.pad_token_id, writer)
     return logits[mask.bool()]
-
-
-def base_digest(loaded: Loaded) -> str:
-    """SHA-256 over the base's parameters, under their own names whether or not their MLP is wrapped."""
-    return tensors_digest({name.replace(".mlp.base.", ".mlp."): p for name, p in loaded.model.named_parameters()})
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ Objectives:
     recall   write the conversation, drop it, cross-entropy of the answers; the gradient flows through the write
     lm       the public attempt's: next-token loss on a text that attention still sees while it is written
     context  no fast weights: a LoRA that answers with the conversation in the prompt (A_tuned, the fair ceiling)
-Only the adapter trains; that the base did not change is checked by hash before every checkpoint.
+With --joint a recall arm also trains a LoRA on the base, which writes and reads with it; such an arm is never called frozen.
+Only the adapter trains; that the base did not change is checked by hash before every checkpoint. With --start an arm goes on
+from another one's adapter.
 """
 from __future__ import annotations
 
@@ -14,35 +16,29 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import prompts
 import training_bank
+from arms import LORA, Arm, base_digest
 from fast_weight import TARGETS
-from in_place_ttt import InPlaceTTT
-from manifests import UserError, provenance, read_manifest, run_script, write_manifest
-from memory import tensors_digest
-from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device, save_adapter
+from manifests import UserError, provenance, read_manifest, run_script
+from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from training_data import BankDataset, TextDataset, batches, load_texts
 from training_state import STATE, identity, keep_log, resume, save_state
 
-UPDATES = {"recall": 679, "lm": 520, "context": 520}  # what fitted into the sessions of the reported runs
+UPDATES = {"recall": 431, "lm": 520, "context": 845}  # what fitted into the sessions of the reported runs
 CONVERSATIONS = {"recall": 64, "lm": 32, "context": 32}
 LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls fastest without spikes (DECISIONS.md)
 GROUPS = "1,1,2,4"
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
-LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 SWITCHES = {"codes": "keys and queries as products of two learned codes", "deep": "attentions are side streams",
             "sparse": "a gate with exact zeros",
             "read-gate": "learned share of what is read", "threshold": "a faint answer is no answer", "calibrated": "values in units of the residual stream",
@@ -83,7 +79,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
         begun = time.time()
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         result = step(loaded, ttt, batch, device)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
@@ -107,7 +103,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
 def make_step(arguments):
     """The objective's step, (loaded, ttt, batch, device) -> Step."""
     step = OBJECTIVES[arguments.objective]
-    return partial(step, weights=aid_weights(arguments)) if arguments.objective == "recall" else step
+    return partial(step, weights=aid_weights(arguments), joint=arguments.joint) if arguments.objective == "recall" else step
 
 
 def aid_weights(arguments) -> dict[str, float]:
@@ -134,6 +130,8 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
     arm.add_argument("--objective", default="recall", choices=tuple(OBJECTIVES))
     arm.add_argument("--arm", help="name of the checkpoint folder (default: MODEL-OBJECTIVE)")
+    arm.add_argument("--joint", action="store_true", help="recall: train a LoRA on the base too; the arm is then not frozen")
+    arm.add_argument("--start", help="folder of an arm of the same settings whose adapter to go on from (default: from nothing)")
     arm.add_argument("--form", choices=("codes", "plain"), help="which of the row's settings to start from (default: codes; for lm plain)")
     arm.add_argument("--layers", help="TTT layers, e.g. 0-5,8 (default: the model's row)")
     arm.add_argument("--chunk", help="tokens per chunk, or whole (default: the model's row; for lm 64)")
@@ -177,6 +175,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments.conversations = CONVERSATIONS[arguments.objective] if arguments.conversations is None else arguments.conversations
     if arguments.objective == "recall":
         arguments.groups = arguments.groups or GROUPS
+    elif arguments.joint:
+        raise UserError(f"--joint: the {arguments.objective} objective has no such arm; leave it out")
     elif arguments.groups:
         raise UserError(f"--groups {arguments.groups}: only the recall objective writes several conversations into one memory; leave it out")
     arguments.lr = LR[arguments.objective] if arguments.lr is None else arguments.lr
@@ -250,13 +250,15 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
     loaded = load_model(arguments.model, device, dtype)
     before = base_digest(loaded)
-    ttt, lora = attach(config, loaded, arguments.seed)
-    trained = {name: p for name, p in (ttt or lora).named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=arguments.lr, weight_decay=0.0)
+    arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
+    trained = arm.trained()
+    # a LoRA learns at its own rate beside the fast weights
+    optimizer = torch.optim.AdamW([{"params": [p], "share": LR["context"] / LR["recall"] if arguments.joint and name.startswith("lora.") else 1.0}
+                                   for name, p in trained.items()], lr=arguments.lr, weight_decay=0.0)
     dataset, data_sha = make_dataset(arguments, config, loaded, langs)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
-                "frozen": ttt is not None, "seed": arguments.seed, "ttt": config.to_dict() if config else None,
-                "lora": None if ttt else LORA, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
+                "frozen": arm.lora is None, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
+                "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
                               "probes": arguments.probes, "groups": arguments.groups,
                               "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
@@ -273,37 +275,14 @@ def main() -> None:
             raise RuntimeError("the base changed during training although it is frozen; nothing more was saved")
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
-        save_checkpoint(folder, ttt, lora, manifest | {"updates": update})
+        arm.save(folder, manifest | {"updates": update})
         if update == arguments.updates:
             (folder / STATE).unlink(missing_ok=True)
 
     with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
-        run_training(arguments, lambda: train(arguments, loaded, ttt, list(trained.values()), optimizer, dataset, losses, log, save), folder)
+        run_training(arguments, lambda: train(arguments, loaded, arm.ttt, list(trained.values()), optimizer, dataset, losses, log, save), folder)
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
-          f"{'--adapter' if ttt else '--tuned-adapter'} {folder}")
-
-
-def attach(config, loaded: Loaded, seed: int):
-    """(fast weights, None) for a memory arm, (None, LoRA) for `context`."""
-    if config is None:
-        lora = get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", **LORA))
-        lora.peft_config["default"].base_model_name_or_path = loaded.row.name  # not the folder on this machine
-        return None, lora
-    try:
-        ttt = InPlaceTTT(loaded.model, config, seed)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if config.calibrated:
-        text = "\n\n".join(prompts.FORMS[lang].example + "\n\n" + training_bank.passages(lang)[0] for lang in loaded.row.langs)
-        ttt.calibrate(loaded.model, torch.tensor([prompts.written_ids(loaded.tokenizer, text)], device=loaded.device))
-    return ttt, None
-
-
-def base_digest(loaded: Loaded) -> str:
-    """SHA-256 over the base's parameters, whatever is attached to it."""
-    names = {name.replace(".base_layer", "").replace(".mlp.base.", ".mlp."): p for name, p in loaded.model.named_parameters()
-             if "lora_" not in name}
-    return tensors_digest(names)
+          f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}")
 
 
 def run_training(arguments, work, folder: Path) -> None:
@@ -317,21 +296,6 @@ def run_training(arguments, work, folder: Path) -> None:
         kept = "its last checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
         print(f"\ninterrupted: {kept} in {folder}; go on with --resume", file=sys.stderr)
         sys.exit(130)
-
-
-def save_checkpoint(folder: Path, ttt, lora, manifest: dict) -> None:
-    """Replace the folder's checkpoint; its manifest is written last, so a checkpoint without one is not whole."""
-    if ttt:
-        save_adapter(folder, ttt, manifest)
-        return
-    part = folder / "lora.part"
-    lora.save_pretrained(part, save_embedding_layers=False)  # the base has them
-    (part / "README.md").unlink()  # peft's empty model card
-    weights = part / "adapter_model.safetensors"
-    save_file({name: t.half() for name, t in load_file(weights).items()}, weights, {"format": "pt"})  # float16, as fast weights are kept
-    shutil.rmtree(folder / "lora", ignore_errors=True)
-    os.replace(part, folder / "lora")
-    write_manifest(folder, manifest, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
 
 
 if __name__ == "__main__":

@@ -274,6 +274,13 @@ class Packed:
     addresses: torch.Tensor
 
 
+def columns(rows) -> int:
+    """Width of a batch of token rows: the longest, and one pad more where that is an odd multiple of 64 (DECISIONS.md: at these
+    widths a fused attention kernel gave NaN gradients)."""
+    longest = max(map(len, rows))
+    return longest + (longest % 128 == 64)
+
+
 def pack(examples: list[Example], pad_id: int, device) -> Packed:
     """Lay each example out as prefix, question 1, answer 1, question 2, ... in one row.
 
@@ -281,7 +288,7 @@ def pack(examples: list[Example], pad_id: int, device) -> Packed:
     arithmetic as one prompt per question; a memory then serves one row instead of one copy per question.
     """
     rows = [pack_row(example) for example in examples]
-    width = max(len(ids) for ids, *_ in rows)
+    width = columns([ids for ids, *_ in rows])
     column = lambda k, fill: torch.tensor([row[k] + [fill] * (width - len(row[k])) for row in rows]).to(device, non_blocking=True)
     ids, labels, segment, position, addresses = column(0, pad_id), column(1, IGNORE), column(2, -1), column(3, 0), column(4, IGNORE)
     same = segment[:, :, None] == segment[:, None, :]

@@ -16,7 +16,7 @@ STATE = "state.safetensors"  # parameters in float32 and AdamW's moments: what -
 
 def identity(manifest: dict, updates: int) -> dict:
     """What must be equal for a resumed run to end where an uninterrupted one would."""
-    names = ("model_sha256", "objective", "seed", "ttt", "lora", "langs", "data_sha256", "optimizer")
+    names = ("model_sha256", "objective", "seed", "ttt", "lora", "start", "langs", "data_sha256", "optimizer")
     return {name: manifest.get(name) for name in names} | {"updates": updates}
 
 
@@ -24,7 +24,7 @@ def current(identity: dict) -> dict:
     """An identity from before an option existed, with that option's value of then."""
     groups = "1" if identity["objective"] == "recall" else None
     optimizer = {"groups": groups, "aids": None} | identity["optimizer"]
-    return identity | {"optimizer": optimizer, "ttt": identity["ttt"] and TTTConfig(**identity["ttt"]).to_dict()}
+    return {"start": None} | identity | {"optimizer": optimizer, "ttt": identity["ttt"] and TTTConfig(**identity["ttt"]).to_dict()}
 
 
 def save_state(folder: Path, trained: dict, optimizer, mine: dict, done: int) -> None:

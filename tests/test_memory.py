@@ -282,3 +282,58 @@ def test_detach_and_to_keep_everything():
     for same in (memory.detach(), memory.to("cpu")):
         assert same.digest() == memory.digest() and same.weight_norms == memory.weight_norms
     assert not memory.detach().layers[1].values.requires_grad
+
+
+# ---- keys that are products of two codes ----
+
+SIZES = (2, 5)  # A * B = F
+
+
+def coded(rows=3, slots=4, seed=0):
+    """A memory whose keys are codes, with trust, as a ridge arm leaves it."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    held = {i: LayerMemory.factored(draw(rows, slots, sum(SIZES)), draw(rows, slots, D), draw(rows, slots, 1).abs(), SIZES) for i in (1, 4)}
+    return Memory(held, torch.arange(rows) + slots, torch.arange(rows) + 1, {1: 2.0, 4: 3.0})
+
+
+def product(codes):
+    """The outer product of the two codes, number by number."""
+    first, second = codes[..., :SIZES[0]], codes[..., SIZES[0]:]
+    return torch.stack([first[..., a] * second[..., b] for a in range(SIZES[0]) for b in range(SIZES[1])], -1)
+
+
+def test_codes_are_read_summed_cut_and_measured_as_the_update_they_stand_for():
+    memory, queries = coded(), torch.randn(3, 2, sum(SIZES), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for layer in memory.layers.values():
+        update = torch.einsum("bsd,bsf->bdf", layer.values, product(layer.keys))
+        wanted = product(queries) @ update.transpose(1, 2)
+        close = lambda one, two: torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-9)
+        close(layer.read(queries), wanted)
+        for other, times in ((layer.to_dense(), 1), (layer.compact(6), 1), (layer.plus(layer.compact(6)), 2), (layer.plus(layer), 2),
+                             (layer.plus(layer.to_dense()), 2)):
+            close(other.read(queries), times * wanted)
+        close(layer.to_dense().update, update)
+        close(layer.norm(), update.flatten(1).norm(dim=1))
+        assert layer.feed_forward == F
+        close(layer.targets(), layer.read(layer.keys) + layer.values / layer.trust)
+    close(Memory.stack([memory, memory.compact(3)]).dense().layers[1].update, torch.cat([memory.dense().layers[1].update, memory.compact(3).dense().layers[1].update]))
+    torch.testing.assert_close(memory.noise_like(torch.Generator().manual_seed(1)).update_norm(), memory.update_norm())
+
+
+def test_codes_and_trust_come_back_from_a_file_and_from_rows(tmp_path):
+    memory = coded()
+    memory.save(tmp_path / "m")
+    for back in (Memory.load(tmp_path / "m"), Memory.stack([memory.select([0]), memory.select([1, 2])])):
+        assert back.digest() == memory.digest() and all(layer.sizes == SIZES for layer in back.layers.values())
+    dense = memory.dense()
+    dense.save(tmp_path / "d")
+    assert Memory.load(tmp_path / "d").layers[4].sizes == SIZES
+    assert all(changed.layers[1].trust is None for changed in (dense, memory.compact(2), memory.merge(memory), memory.scale(2.0)))
+
+
+def test_codes_stay_factored_longer_because_they_are_smaller():
+    slots = 9  # 9 * (7 + 6) numbers are more than 10 * 6, 4 * (7 + 6) are fewer; at full width 4 * (10 + 6) would be more
+    few, many = coded(slots=4).layers[1], coded(slots=slots).layers[1]
+    assert not few.smaller_form().is_dense and many.smaller_form().is_dense
+    assert LayerMemory.factored(few.full_keys(), few.values).smaller_form().is_dense

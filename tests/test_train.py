@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from conftest import FAMILIES, strengthen, tiny, token_rows
 
+import arms
 import exercise
 import in_place_ttt
 import model_utils
 import objectives
+import run_experiment
 import train_minimal
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import read_manifest
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
-from training_data import Batch, Example
+from training_data import Batch, Example, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -57,10 +60,11 @@ def attached():
 # ---- the objectives ----
 
 CODES = dict(rule="ridge", ridge=0.02, codes=True, write_attention=2, read_attention=2, unit_targets=True, target="both", blind=True, read_gate=True)
+DEEP = CODES | dict(deep=True, threshold=True, value_rank=4)
 RIDGE = dict(rule="ridge", key_map=16, unit_targets=True, eta=5.0)
 
 
-@pytest.mark.parametrize("name,options", [*((name, dict(unit_keys=True)) for name in FAMILIES), ("tiny-gemma3", RIDGE), ("tiny-llama", CODES), ("tiny-gemma3", CODES)])
+@pytest.mark.parametrize("name,options", [*((name, dict(unit_keys=True)) for name in FAMILIES), ("tiny-gemma3", RIDGE), ("tiny-llama", CODES), ("tiny-gemma3", CODES), ("tiny-qwen2", DEEP)])
 def test_recall_learns_to_answer_from_its_own_conversation(name, options, attached):
     """A batch is overfitted; with the memory of another conversation the same adapter must answer worse, or it learned by heart."""
     loaded, batch = tiny(name, torch.float32), conversations()
@@ -182,6 +186,20 @@ def test_prose_is_calm_under_an_empty_memory_and_not_under_a_full_one(attached):
     rows = token_rows((9, 5), seed=3)
     assert objectives.calm_loss(loaded, ttt, memory.scale(0.0), rows, CPU).item() == pytest.approx(0, abs=1e-9)
     assert objectives.calm_loss(loaded, ttt, memory, rows, CPU).item() > 1e-3
+
+
+def test_a_foreign_question_is_left_alone_by_an_empty_memory_and_not_by_a_full_one(attached):
+    """Row i is asked with memory i; with nothing in memory nothing is changed, and the loss pulls on what reads."""
+    loaded, batch = tiny("tiny-qwen3"), conversations()
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, **DEEP))
+    _, memory, _ = asking(loaded, ttt, batch, {})
+    packed = pack([replace(example, prefix=example.prefix + example.written) for example in conversations(2).examples], 258, CPU)
+    empty = objectives.foreign_loss(loaded, ttt, memory.scale(0.0), packed)
+    full = objectives.foreign_loss(loaded, ttt, memory, packed)
+    assert abs(empty.item()) < 1e-9 < 1e-4 < full.item()
+    full.backward()
+    assert ttt.fast["1"].query_code.grad.norm() > 0
+    ttt.zero_grad(set_to_none=True)
 
 
 def test_the_worth_of_a_token_is_what_its_gate_says():
@@ -331,6 +349,81 @@ def test_divergence_before_the_first_checkpoint_says_so(tmp_path, call, monkeypa
     assert code == 2 and "there was no checkpoint yet" in err and not (tmp_path / "a" / "manifest.json").exists()
 
 
+# ---- joint arms, and arms that go on from others ----
+
+def base_of(loaded):
+    """The base's own parameters, whatever is attached."""
+    return arms.base_digest(loaded)
+
+
+def test_a_joint_arm_trains_a_lora_that_writes_and_reads(tmp_path, call, run_main, capsys):
+    code, _, err = call(command(tmp_path, "--joint", updates=3))
+    manifest = read_manifest(tmp_path / "a")
+    assert code == 0 and manifest["frozen"] is False and manifest["lora"] == arms.LORA and manifest["ttt"], err
+    assert set(manifest["files"]) == {"adapter.safetensors", *arms.LORA_FILES}
+    loaded, plain = load_model("tiny-llama"), load_model("tiny-llama")
+    ttt, _ = load_adapter(tmp_path / "a", loaded)
+    # B starts at zero, so what is not zero has learned and was found again
+    still = [name for name, p in loaded.model.named_parameters() if "lora_B" in name and p.abs().max() == 0]
+    assert not still
+    ids = torch.tensor(token_rows((12,)))
+    assert not torch.allclose(loaded.model(ids).logits, plain.model(ids).logits)  # the LoRA is on where the adapter is loaded
+    assert base_of(loaded) == base_of(plain)
+    code, _, err = run_main(run_experiment.main, ["run_experiment.py", "--model", "tiny-llama", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "r"),
+                                                  "--conditions", "B_memory,A_context", "--limit", "1", "--device", "cpu"])
+    assert code == 2 and "A_context" in err and "joint arm" in err and not (tmp_path / "r").exists()
+    code, _, err = run_main(run_experiment.main, ["run_experiment.py", "--model", "tiny-llama", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "r"),
+                                                  "--conditions", "B_memory", "--levels", "1", "--limit", "1", "--device", "cpu"])
+    assert code == 0 and json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["frozen"] is False, err
+
+
+@torch.enable_grad()
+def test_the_answers_reach_a_joint_base_through_the_write(attached):
+    """With no LoRA in what reads, a frozen write gives the base no gradient and a joint one does."""
+    loaded = tiny("tiny-llama")
+    ttt = strengthen(attached(loaded, layers=(2,), chunk=None))
+    gate = loaded.model.get_decoder().layers[1].mlp.gate_proj.weight  # below the TTT layer: read with too, so compare
+    slopes = {}
+    try:
+        gate.requires_grad_(True)
+        for joint in (False, True):
+            recall_step(loaded, ttt, conversations(), CPU, joint=joint).loss.backward()
+            slopes[joint], gate.grad = gate.grad.clone(), None
+    finally:
+        gate.requires_grad_(False)
+        ttt.zero_grad(set_to_none=True)
+    assert slopes[False].norm() > 0 and (slopes[True] - slopes[False]).norm() > 1e-3 * slopes[False].norm()
+
+
+@pytest.mark.parametrize("objective, more", [("recall", []), ("recall", ["--joint"]), ("context", [])])
+def test_an_arm_goes_on_from_another(objective, more, tmp_path, call):
+    """The first update of the second arm starts at the first arm's numbers, and its manifest says from where."""
+    assert call(command(tmp_path / "first", *more, objective=objective, updates=3))[0] == 0
+    code, _, err = call(command(tmp_path / "second", *more, "--start", tmp_path / "first/a", "--lr", "1e-9", objective=objective, updates=1))
+    assert code == 0, err
+    first, second = (read_manifest(tmp_path / name / "a") for name in ("first", "second"))
+    assert first["start"] is None and second["start"] == {"arm": "a", "updates": 3, "files": first["files"]}
+    for name in first["files"]:
+        if name.endswith(".safetensors"):
+            one, two = (load_file(tmp_path / folder / "a" / name) for folder in ("first", "second"))
+            assert one.keys() == two.keys() and all(torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one)
+
+
+@pytest.mark.parametrize("more, named", [(["--value-rank", "0"], "other settings (value_rank)"), (["--seed", "3"], None)])
+def test_an_arm_of_other_settings_is_no_start(more, named, tmp_path, call):
+    assert call(command(tmp_path / "first", updates=1))[0] == 0
+    code, _, err = call(command(tmp_path / "second", "--start", tmp_path / "first/a", *more, updates=1))
+    assert (code == 0) == (named is None)
+    if named:
+        assert named in err and "--start" in err and not (tmp_path / "second").exists()
+
+
+def test_a_frozen_arm_does_not_start_from_a_joint_one(tmp_path, call):
+    assert call(command(tmp_path / "first", "--joint", updates=1))[0] == 0
+    code, _, err = call(command(tmp_path / "second", "--start", tmp_path / "first/a", updates=1))
+    assert code == 2 and "add --joint" in err and not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("losses, stops", [([1.0] * 25 + [2.9] * 25, False), ([1.0] * 25 + [3.1] * 25, True), ([9.0, 0.1] * 40, False),
                                            ([5.0] * 25 + [1.0] * 25 + [3.1] * 25, True), ([30.0] * 24, False)])
 def test_what_counts_as_climbing(losses, stops):
@@ -446,7 +539,7 @@ def test_ctrl_c_in_a_terminal_keeps_the_last_checkpoint(tmp_path):
 
 # ---- the reported run ----
 
-@pytest.mark.parametrize("objective, arm", [("recall", "smollm2-codes"), ("lm", "smollm2-lm"), ("context", "smollm2-tuned")])
+@pytest.mark.parametrize("objective, arm", [("recall", "smollm2-deep"), ("lm", "smollm2-lm"), ("context", "smollm2-tuned")])
 def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     """Typing the command of the docs without any option repeats the committed arm; the options it was given change nothing."""
     manifest = json.loads((ROOT / "checkpoints" / arm / "manifest.json").read_text(encoding="utf-8"))
@@ -456,18 +549,19 @@ def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     config = train_minimal.ttt_config(arguments, row)
     assert (arguments.model, arguments.objective, arguments.updates, arguments.seed) == \
         (manifest["model"], manifest["objective"], manifest["updates"], manifest["seed"])
-    given = {name: getattr(arguments, name, None) for name in manifest["optimizer"]} | {"aids": train_minimal.aid_weights(arguments)}
+    given = {name: getattr(arguments, name, None) for name in manifest["optimizer"]} | {"aids": train_minimal.aid_weights(arguments) if config and config.codes else None}
     assert {name: given[name] for name in manifest["optimizer"]} == manifest["optimizer"]
     assert (config is None and manifest["ttt"] is None or TTTConfig(**manifest["ttt"]) == config) and row.gguf.sha256 == manifest["model_sha256"]
-    assert manifest["lora"] == (None if config else train_minimal.LORA) and manifest["data"] == arguments.data
+    assert manifest["lora"] == (None if config else arms.LORA) and manifest["data"] == arguments.data
 
 
-def test_the_three_arms_saw_the_same_examples():
+def test_the_ceiling_saw_as_many_examples_as_the_memory_arm():
     """The fair ceiling and the memory arm differ in what reads the conversation, not in data or budget."""
-    arms = [json.loads((ROOT / f"checkpoints/{arm}/manifest.json").read_text(encoding="utf-8")) for arm in ("smollm2-recall", "smollm2-tuned", "smollm2-lm")]
-    for field in ("data", "data_sha256", "updates", "seed", "model_sha256"):
-        assert len({arm[field] for arm in arms}) == 1, field
-    assert len({(arm["optimizer"]["conversations"], arm["optimizer"]["probes"]) for arm in arms}) == 1
+    memory, ceiling = [json.loads((ROOT / f"checkpoints/{arm}/manifest.json").read_text(encoding="utf-8")) for arm in ("smollm2-deep", "smollm2-tuned")]
+    for field in ("data", "data_sha256", "seed", "model_sha256"):
+        assert memory[field] == ceiling[field], field
+    examples = [arm["updates"] * arm["optimizer"]["conversations"] * arm["optimizer"]["probes"] for arm in (memory, ceiling)]
+    assert min(examples) >= 0.95 * max(examples)
 
 
 # ---- random weights at full size ----

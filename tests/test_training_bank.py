@@ -37,6 +37,20 @@ def spans_of(sample):
     return {f["fact_id"]: sample["conversation"][slice(*f["span"])] for f in sample["facts"]}
 
 
+# --- topics
+
+@pytest.mark.parametrize("lang", LANGS)
+def test_topics_are_what_single_facts_are_about(lang):
+    """The ids of a few relations; every relation of a conversation is among them, the two and three facts of a chain aside."""
+    bank, rng = load_bank(lang), random.Random(2)
+    for _ in range(30):
+        topics = training_bank.draw_topics(rng, lang)
+        plan = Plan(bank, rng, "train", 10, topics)
+        assert len(topics) == training_bank.TOPICS and topics <= {r["id"] for r in bank.relations}
+        assert sum(fact.relation["id"] not in topics for fact in plan.facts) <= 3
+        assert len({fact.relation["id"] for fact in plan.facts}) > 1
+
+
 # --- determinism
 
 def test_same_state_same_conversation_and_other_seed_other():

@@ -17,7 +17,7 @@ from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, file_sha256
 from model_utils import MODELS
 from objectives import answer_loss, lm_step, pad_right
-from training_data import IGNORE, NOWHERE, BankDataset, Example, TextDataset, batches, load_texts, pack
+from training_data import IGNORE, NOWHERE, BankDataset, Example, TextDataset, batches, columns, load_texts, pack
 
 TOKENIZER = tiny("tiny-llama").tokenizer
 
@@ -197,6 +197,44 @@ def test_the_size_of_a_memory_is_drawn_and_every_second_group_holds_prose():
         assert all(not any(example.worth) and not example.addresses for example in batch.examples if not example.pairs)
         assert bool(batch.calm) == (update % 4 == 0)
     assert sizes == {1, 2, 4}
+
+
+def test_foreign_rows_ask_about_what_no_memory_holds_on_the_same_topics():
+    """Every second update; half with their text in the prompt, in the language of the memory they are asked with."""
+    dataset = BankDataset(TOKENIZER, ("en", "zh"), 60, 32, 4, 0, shown=False, groups=(1, 4), foreign=True)
+    is_chinese = lambda ids: any("\u4e00" <= c <= "\u9fff" for c in TOKENIZER.decode(ids))
+    shown, alike = [], 0
+    for update in range(0, 60):
+        batch = dataset[update]
+        assert bool(batch.foreign) == (update % 2 == 0)
+        for i, example in enumerate(batch.foreign):
+            written = TOKENIZER.decode(batch.examples[i * batch.group].written)
+            prompt, questions = TOKENIZER.decode(example.prefix), [TOKENIZER.decode(q) for q, _ in example.pairs]
+            assert is_chinese(example.prefix) == is_chinese(batch.examples[i * batch.group].written) == bool(i % 2)
+            assert 1 <= len(questions) <= 4 and prompt.count("\n") > 3
+            shown.append(not example.written)
+            asked = {TOKENIZER.decode(q) for e in batch.examples for q, _ in e.pairs}
+            assert written not in prompt and not asked & set(questions)
+    assert 0.3 < sum(shown) / len(shown) < 0.7
+
+
+def test_groups_of_one_topic_tell_of_the_same_relations():
+    rng, shared = random.Random(3), []
+    for topics in (None, training_bank.draw_topics(rng, "en")):
+        kinds = [{f["fact_text"].split(" ")[-3] for f in training_bank.sample_conversation(rng, "en", topics=topics, n_facts=10)["facts"]} for _ in range(20)]
+        shared.append(sum(len(one & two) for one in kinds for two in kinds if one is not two))
+    assert shared[1] > 2 * shared[0]
+
+
+def test_the_first_updates_keep_conversations_apart():
+    dataset = BankDataset(TOKENIZER, ("en",), 40, 4, 2, 0, shown=False, groups=(2, 4))
+    assert {dataset[update].group for update in range(32)} == {2} and 4 in {dataset[update].group for update in range(32, 40)}
+
+
+@pytest.mark.parametrize("longest, width", [(63, 63), (64, 65), (65, 65), (128, 128), (192, 193), (448, 449), (512, 512)])
+def test_a_batch_is_never_an_odd_multiple_of_64_wide(longest, width):
+    assert columns([[1] * 5, [1] * longest]) == width
+    assert pack([Example([], [1] * (longest - 3), [([2], [3, 4])])], 0, "cpu").ids.shape == (1, width)
 
 
 def test_languages_take_turns_and_prose_comes_every_fourth_update():
