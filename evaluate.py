@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 import string
 import sys
@@ -19,10 +20,11 @@ from pathlib import Path
 import benchmark_file
 import plots
 import report_tables
-from intervals import PAIRS, RATIOS, Bootstrap, em_interval, mcnemar, ratio_cell
+from intervals import PAIRS, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
 from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
                            load_run)
 
+EXAMPLES_RIGHT, EXAMPLES_WRONG = 3, 5   # answers shown of every arm and language
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 LOOP = re.compile(r"(.{1,16}?)\1{2,}")  # a block of up to 16 characters, three or more times in a row
 LOOP_LENGTH = {"en": 13, "zh": 9}       # shorter repetitions are numbers and names, not a stuck decoder
@@ -163,6 +165,20 @@ def b_vs_d(by_condition):
     return [[*pair, count] for pair, count in sorted(counts.items())]
 
 
+def examples_of(rows, settings):
+    """A few right and a few wrong answers of B_memory on level 1, drawn by the bootstrap's seed from the lowest seed's rows."""
+    asked = [row for row in rows if row["condition"] == "B_memory" and row["level"] == 1]
+    lowest = min((row["seed"] for row in asked), key=str, default=None)
+    drawn = {}
+    for lang in sorted({row["lang"] for row in asked}):
+        rng = random.Random(settings.seed)
+        for right, wanted in ((True, EXAMPLES_RIGHT), (False, EXAMPLES_WRONG)):
+            found = sorted((row for row in asked if row["lang"] == lang and row["seed"] == lowest and bool(row["em"]) == right), key=probe_key)
+            drawn.setdefault(lang, []).extend({"right": right, **{name: row[name] for name in ("question", "gold", "prediction")}}
+                                              for row in rng.sample(found, min(wanted, len(found))))
+    return drawn
+
+
 def arm_report(model, arm, runs, settings):
     """The report's entry of one arm; its tables are keyed by name, then level, then language."""
     rows, parts = [row for run in runs for row in run["predictions"]], {}
@@ -172,6 +188,7 @@ def arm_report(model, arm, runs, settings):
     entry = {"arm": arm, "model": model, "frozen": runs[0]["frozen"], "objective": runs[0]["objective"],
              "seeds": sorted({run["seed"] for run in runs}, key=str), "complete": all(run["complete"] for run in runs),
              "conditions": {}, "ratios": {}, "tests": {}, "pooled_levels": pooled_levels(rows, settings), "b_vs_d": {},
+             "examples": examples_of(rows, settings),
              "runs": [{name: run[name] for name in shown} for run in runs]}
     for (level, lang), by_condition in sorted(parts.items()):
         for table, cells in part_tables(by_condition, level, settings).items():

@@ -1,6 +1,6 @@
 """What a memory costs text that has nothing to do with it: perplexity on unrelated prose, with and without a memory attached.
 
-    python harm.py --adapter checkpoints/smollm2-codes --lang en --out results/harm/smollm2-codes-en.json
+    python harm.py --adapter checkpoints/smollm2-deep --lang en --out results/harm/smollm2-deep-en.json
 
 Every level-3 conversation of the benchmark is written to memory and dropped; then the first tokens of its distractor, which has
 nothing to do with it, are read as a text of their own, once with the memory attached and once by the base alone. (What a memory

@@ -4,6 +4,7 @@ A row is one scored probe: a dict with sample_id, probe_id, seed and em (0.0 or 
 conversation stand or fall together, so the conversation is what is resampled; training seeds are replicates
 of a conversation and never count as further conversations.
 """
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -13,6 +14,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 CEILINGS = ("A_context", "A_tuned")
+CODE = re.compile(r"[A-Z]+-?\d+|\d+[A-Z]+")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Ratio:
     levels: tuple
     numerator: Callable      # em -> array
     denominator: Callable    # em -> array
+    only: Callable = lambda row: True  # the rows that count
 
 
 def ceiling(em):
@@ -37,7 +40,12 @@ def ceiling(em):
 
 
 def one(em):
-    return np.ones_like(em["B_memory"])
+    return np.ones_like(next(iter(em.values())))
+
+
+def is_name_or_code(row):
+    """Whether the answer is a person's name (all the gold answers of the category relational) or a code such as BY-795 or 11G."""
+    return row["category"] == "relational" or CODE.fullmatch(row["gold"]) is not None
 
 
 RATIOS = {
@@ -50,6 +58,9 @@ RATIOS = {
                               lambda em: em["D_distractor"] - em["B_memory"], lambda em: em["B_memory"]),
     "merged_4_ratio": Ratio(("B_memory", "B_merged_4"), (), (1,),
                             lambda em: em["B_merged_4"], lambda em: em["B_memory"]),
+    "names_and_codes_ratio": Ratio(("B_memory",), CEILINGS, (1, 3), lambda em: em["B_memory"], ceiling, is_name_or_code),
+    "swapped_lift": Ratio(("B_swapped", "C_nothing"), (), (1, 2, 3), lambda em: em["B_swapped"] - em["C_nothing"], one),
+    "foreign_cost": Ratio(("A_foreign", "A_context"), (), (1, 2, 3), lambda em: em["A_foreign"] - em["A_context"], one),
 }
 PAIRS = (("B_memory", "C_nothing"), ("B_memory", "B_swapped"), ("D_distractor", "B_memory"), ("A_context", "B_memory"), ("A_foreign", "A_context"))
 
@@ -105,7 +116,8 @@ def ratio_cell(ratio, by_condition, settings):
     Returns {"value", "ci", "n", "samples"}, a "note" where something is undefined or left out, and for the ratio to the
     ceiling which reading was the "denominator" and "A_tuned_run"; None where a condition it needs did not run.
     """
-    used = [name for name in ratio.needed + ratio.any_of if name in by_condition]
+    by_condition = {name: [row for row in rows if ratio.only(row)] for name, rows in by_condition.items()}
+    used = [name for name in ratio.needed + ratio.any_of if by_condition.get(name)]
     used = list(dict.fromkeys(used))
     if not set(ratio.needed) <= set(used) or (ratio.any_of and not set(ratio.any_of) & set(used)):
         return None

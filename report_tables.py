@@ -30,6 +30,9 @@ MEANINGS = {
     "lift_over_no_memory": "EM(B_memory) - EM(C_nothing)",
     "distractor_decay": "(EM(D_distractor) - EM(B_memory)) / EM(B_memory) on level 3: loss to later text",
     "merged_4_ratio": "EM(B_merged_4) / EM(B_memory): the share kept with four conversations in one memory",
+    "names_and_codes_ratio": "memory_efficiency_ratio where the answer is a person's name (none of the bank's) or a code",
+    "swapped_lift": "EM(B_swapped) - EM(C_nothing): what a wrong memory seems to know, by luck or worse",
+    "foreign_cost": "EM(A_foreign) - EM(A_context): what a memory costs questions about a text it never saw",
 }
 HEADLINE = (("A_context", "1"), ("A_tuned", "1"), ("B_memory", "1"), ("C_nothing", "1"), ("B_swapped", "1"), ("B_memory", "3"),
             ("D_distractor", "3"))  # the columns of the table that comes first
@@ -157,7 +160,7 @@ def markdown(report):
     lines += ["", *headline(arms)]
     for arm in arms:
         for lang in langs_of([arm]):
-            lines += ["", f"**{arm_text(arm)} on {arm['model']}, {LANGUAGES[lang]}** ({kind_text(arm)})", "", *arm_table(arm, lang)]
+            lines += ["", f"**{arm_text(arm)} on {arm['model']}, {LANGUAGES[lang]}** ({kind_text(arm)})", "", *arm_table(arm, lang), *example_lines(arm, lang, report["bootstrap"]["seed"])]
     lines += [""] * bool(notes_of(arms)) + [f"- {line}" for line in notes_of(arms)]
     tests = [line for arm in arms for line in test_lines(arm)]
     if tests:
@@ -195,6 +198,17 @@ def arm_table(arm, lang):
         rows += [[name, *[text(arm, name, level, lang) for level in levels], MEANINGS.get(name, "")]
                  for name in names_of([arm], table, lang)]
     return table_lines(rows)
+
+
+def example_lines(arm, lang, seed):
+    """A few of the arm's answers from memory as a table; nothing for an arm without any."""
+    drawn = arm["examples"].get(lang)
+    if not drawn:
+        return []
+    cell = lambda text: text.replace("|", "\\|")
+    rows = [["question", "gold", "answer from memory", "right"], ["---"] * 4]
+    rows += [[cell(e["question"]), cell(e["gold"]), cell(e["prediction"]), "yes" if e["right"] else "no"] for e in drawn]
+    return ["", f"Answers of B_memory on level 1, drawn by seed {seed}:", "", *table_lines(rows)]
 
 
 def test_lines(arm):

@@ -195,8 +195,8 @@ def lend_rows(arms):
     """Give each memory arm the memoryless conditions it did not run, from another arm on the same base.
 
     The base's own answers are the same whatever fast weights stand beside it, so they need not be asked again for every
-    arm. Adds the lender's rows under the borrower's seed; returns {(model, arm): {condition: lender's arm}}. A_tuned is lent
-    only where all lenders used one LoRA.
+    arm. Adds the lender's rows under the borrower's seed; returns {(model, arm): {condition: lender's arm}}. Of several
+    lenders the one that covers most of the arm's levels, then the one with the highest EM: a fair ceiling is that of the LoRA that reads best.
     """
     own = [(run, list(run["predictions"])) for runs in arms.values() for run in runs]
     borrowed = defaultdict(dict)
@@ -206,12 +206,14 @@ def lend_rows(arms):
             have = [row for run, rows in own if any(run is other for other in mine) for row in rows]
             parts = {(row["level"], row["lang"]) for row in have}
             for condition in sorted(set(MEMORYLESS) - {row["condition"] for row in have}):
-                lenders = lenders_of(condition, mine[0], own)
-                if len({run.get("tuned_adapter_sha256") for run, _ in lenders}) > 1 and condition == "A_tuned" or not lenders:
-                    continue
-                mine[0]["predictions"] += [row | {"seed": seed} for row in lenders[0][1]
-                                           if row["condition"] == condition and (row["level"], row["lang"]) in parts]
-                borrowed[key][condition] = lenders[0][0]["arm"]
+                lenders = [(run, [row for row in rows if row["condition"] == condition and (row["level"], row["lang"]) in parts])
+                           for run, rows in lenders_of(condition, mine[0], own)]
+                lenders = [(run, rows) for run, rows in lenders if rows]
+                if lenders:
+                    covers = lambda rows: len({(row["level"], row["lang"]) for row in rows})
+                    run, rows = max(lenders, key=lambda pair: (covers(pair[1]), sum(row["em"] for row in pair[1]) / len(pair[1])))
+                    mine[0]["predictions"] += [row | {"seed": seed} for row in rows]
+                    borrowed[key][condition] = run["arm"]
     return borrowed
 
 

@@ -1,6 +1,6 @@
 """Ask every probe of a benchmark under a table of conditions and keep each answer as one row.
 
-    python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-codes --out results/smollm2-codes
+    python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-deep --out results/smollm2-deep
 
 What each condition does is in the CONDITIONS table below, what it tells in report_tables.MEANINGS. Rows go to OUT/predictions.jsonl as they come; OUT/run.json holds
 everything needed to repeat the run. An interrupted run goes on with --resume.

@@ -1,7 +1,7 @@
 """Check on the running code what a sceptic would ask first: that the memory is written, is read, and is all that is in reach.
 
     python sanity.py --tiny                                               random models of every family, seconds on a CPU
-    python sanity.py --model smollm2-135m --adapter checkpoints/smollm2-codes
+    python sanity.py --model smollm2-135m --adapter checkpoints/smollm2-deep
 
 Texts and questions are the benchmark's first conversations, written and asked as run_experiment.py does it. Each check prints
 PASS or FAIL, its name, what was measured and the bound. Exit code 0: all pass; 1: a check fails; 2: bad arguments.

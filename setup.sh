@@ -105,9 +105,9 @@ demo() {
     step "1 of 4: the benchmark file keeps its own rules"
     "$python" build_benchmark.py --check benchmark_v1.json
     step "2 of 4: the mechanism and the committed adapter do what they claim"
-    "$python" sanity.py --model smollm2-135m --adapter checkpoints/smollm2-codes
+    "$python" sanity.py --model smollm2-135m --adapter checkpoints/smollm2-deep
     step "3 of 4: every question under every condition, $limit English conversations a level"
-    "$python" run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-codes \
+    "$python" run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-deep \
         --tuned-adapter checkpoints/smollm2-tuned --benchmark benchmark_v1.json --out "$run" \
         --conditions A_context,A_tuned,B_memory,C_nothing,D_distractor,A_distractor,B_swapped \
         --levels 1,2,3 --lang en --limit "$limit" --resume
@@ -123,7 +123,7 @@ What this was: SmolLM2-135M read $1 conversations a level into its fast weights,
 What it means: the share of exactly right answers in B_memory, above C_nothing and B_swapped, is what the fast weights kept.
 Report and figures: $2/report.json and $2/figures/
 Next, all 100 English conversations a level (minutes on a GPU; on two cores, expect the demo's time per conversation):
-  .venv/bin/python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-codes --benchmark benchmark_v1.json \\
+  .venv/bin/python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-deep --benchmark benchmark_v1.json \\
       --lang en --out results/smollm2-full && .venv/bin/python evaluate.py results/smollm2-full --out results/smollm2-full
 TEXT
 }

@@ -1,6 +1,6 @@
 """Train an arm on a frozen base and leave a checkpoint: adapter, manifest and the log of every update.
 
-    python train_minimal.py --objective recall --arm smollm2-codes
+    python train_minimal.py --objective recall --arm smollm2-deep
 
 Objectives:
     recall   write the conversation, drop it, cross-entropy of the answers; the gradient flows through the write

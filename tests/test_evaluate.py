@@ -133,6 +133,15 @@ def test_ratios_by_hand(name, value):
     assert ratio_cell(RATIOS[name], by_hand(), FAST)["value"] == pytest.approx(value)
 
 
+def test_the_ratio_on_names_and_codes_looks_at_nothing_else():
+    golds = {"a": ("Marta", "relational"), "b": ("BY-795", "spatial"), "c": ("attic", "spatial"), "d": ("11G", "spatial"), "e": ("24 euros", "numeric")}
+    right = {"A_context": "abcd", "B_memory": "ace"}  # of a, b and d: three in context, one from memory
+    rows = {name: [row | {"gold": golds[row["sample_id"]][0], "category": golds[row["sample_id"]][1]}
+                   for row in probes({sample: [int(sample in good)] for sample in golds})] for name, good in right.items()}
+    cell = ratio_cell(RATIOS["names_and_codes_ratio"], rows, FAST)
+    assert (cell["value"], cell["n"]) == (pytest.approx(1 / 3), 3)
+
+
 def test_the_ceiling_is_the_better_reading_and_says_which():
     rows = by_hand()
     cell = ratio_cell(RATIOS["memory_efficiency_ratio"], rows, FAST)

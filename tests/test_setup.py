@@ -178,7 +178,7 @@ def test_the_demo_as_a_user_runs_it(tmp_path):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "setup.sh", ROOT / "benchmark_v1.json"]:
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "data", tmp_path / "data")
-    for arm in ("smollm2-codes", "smollm2-tuned"):
+    for arm in ("smollm2-deep", "smollm2-tuned"):
         shutil.copytree(ROOT / "checkpoints" / arm, tmp_path / "checkpoints" / arm)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     shown = subprocess.run(["bash", "setup.sh", "demo"], cwd=tmp_path, env={**os.environ, "DEMO_LIMIT": "1"},
