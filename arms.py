@@ -15,7 +15,7 @@ from fast_weight import TTTConfig
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, read_manifest, write_manifest
 from memory import tensors_digest
-from model_utils import Loaded, check_base, load_adapter, load_lora, save_adapter
+from model_utils import Loaded, check_base, load_adapter, load_lora, read_config, save_adapter
 
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 LORA_FILES = ["lora/adapter_model.safetensors", "lora/adapter_config.json"]
@@ -58,10 +58,12 @@ class Arm:
 
 def check_start(earlier: dict, start: str, loaded: Loaded, config: TTTConfig | None, joint: bool) -> None:
     check_base(earlier, start, loaded)
-    settings = TTTConfig(**earlier["ttt"]) if earlier["ttt"] else None
-    if settings != config:
-        differs = [name for name, value in (settings.to_dict() if settings else {}).items() if not config or config.to_dict()[name] != value]
-        raise UserError(f"--start {start}: that arm has other settings ({', '.join(differs) or 'none'}); give this arm the same ones")
+    if bool(earlier["ttt"]) != bool(config):
+        raise UserError(f"--start {start}: that arm's objective is {earlier['objective']}; name an arm of this one's")
+    mine, other = (c.to_dict() if c else {} for c in (config, read_config(earlier, start) if earlier["ttt"] else None))
+    differs = [name for name, value in other.items() if mine[name] != value]
+    if differs:
+        raise UserError(f"--start {start}: that arm has other settings ({', '.join(differs)}); give this arm the same ones")
     if earlier["lora"] and config and not joint:
         raise UserError(f"--start {start}: that arm has a LoRA on its base, so this one is not frozen either; add --joint")
 

@@ -14,6 +14,7 @@ data/skeletons_words.json, or one that benchmark_values composes), and per langu
 "questions", "answers" (forms of the answer that are accepted too) and, where the value is somebody whose attributes can
 be asked for, "as_subject"; "compare" asks for the lowest or highest of two. {s} is the subject.
 """
+import functools
 import json
 import re
 from pathlib import Path
@@ -51,6 +52,12 @@ def _read(path):
         raise BenchmarkError(f"{path}: no such file; it belongs to the repository, restore it") from None
     except ValueError as error:
         raise BenchmarkError(f"{path}: not JSON ({error}); restore it from the repository") from None
+
+
+@functools.cache
+def person_names():
+    """The names that people may have in the benchmark, in both languages."""
+    return frozenset(name for pair in Content().words["person"] for name in pair.split("|"))
 
 
 # --- plan: what a conversation tells, the same in both languages ----------------------------------------------

@@ -20,11 +20,13 @@ from pathlib import Path
 import benchmark_file
 import plots
 import report_tables
+from benchmark_dialogue import person_names
 from intervals import PAIRS, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
 from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
                            load_run)
 
 EXAMPLES_RIGHT, EXAMPLES_WRONG = 3, 5   # answers shown of every arm and language
+CODE = re.compile(r"[A-Z]+-?\d+|\d+[A-Z]+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 LOOP = re.compile(r"(.{1,16}?)\1{2,}")  # a block of up to 16 characters, three or more times in a row
 LOOP_LENGTH = {"en": 13, "zh": 9}       # shorter repetitions are numbers and names, not a stuck decoder
@@ -75,8 +77,13 @@ def degenerate(prediction, lang):
     return not text.strip() or any(len(loop.group()) >= LOOP_LENGTH[lang] for loop in LOOP.finditer(text))
 
 
+def is_name_or_code(gold):
+    """Whether an answer is a name of the benchmark's people or a code of letters and digits, such as BY-795 or 11G."""
+    return gold in person_names() or CODE.fullmatch(gold) is not None
+
+
 def score(row):
-    """Add em, contains, f1 and degenerate to a prediction row."""
+    """Add em, contains, f1, degenerate and name_or_code to a prediction row."""
     answers, lang = [row["gold"], *row["aliases"]], row["lang"]
     for answer in answers:
         if type(answer) is not str or not normalize(answer, lang):
@@ -86,6 +93,7 @@ def score(row):
     row["contains"] = float(contains(row["prediction"], answers, lang))
     row["f1"] = f1(row["prediction"], answers, lang)
     row["degenerate"] = float(degenerate(row["prediction"], lang))
+    row["name_or_code"] = is_name_or_code(row["gold"])
 
 
 # --- report ---------------------------------------------------------------------------------------------------

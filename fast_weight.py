@@ -140,12 +140,9 @@ class FastWeight(nn.Module):
             self.query_in, self.query_up = (nn.Parameter(p.detach().clone()) for p in (self.key_in, self.key_up))
         self.sizes = code_sizes(feed_forward) if config.codes else None
         if config.codes:
-            # keys and queries of like tokens are alike at the start; of like surroundings too where streams tell of them, which
-            # then start alike as well (in_place_ttt.py): a name is found by the same name before anything is learned
             code = draw(hidden_size, sum(self.sizes))
-            beside_it = draw(around, sum(self.sizes)) if config.deep and around == asked else torch.zeros(around, sum(self.sizes))
-            self.key_code = nn.Parameter(torch.cat([code, beside_it]))
-            self.query_code = nn.Parameter(torch.cat([code, beside_it if around == asked else torch.zeros(asked, sum(self.sizes))]))
+            self.key_code = nn.Parameter(torch.cat([code, torch.zeros(around, sum(self.sizes))]))
+            self.query_code = nn.Parameter(torch.cat([code, torch.zeros(asked, sum(self.sizes))]))
             self.key_bias, self.query_bias = (nn.Parameter(torch.zeros(sum(self.sizes))) for _ in range(2))
         if config.read_gate:
             self.open, self.open_bias = nn.Parameter(torch.zeros(hidden_size)), nn.Parameter(torch.ones(1))
@@ -245,11 +242,11 @@ class FastWeight(nn.Module):
     # ---- keys and queries ----
 
     @torch.no_grad()
-    def centre(self, x_LD: torch.Tensor, around_LZ: torch.Tensor | None = None) -> None:
-        """Set the codes' biases so that their mean over these tokens (and what a stream says around them) is 0."""
-        mean = self.scaled(x_LD).mean(0) if around_LZ is None else beside(self.scaled(x_LD), around_LZ).mean(0)
-        self.key_bias.copy_(-mean @ self.key_code[:len(mean)])
-        self.query_bias.copy_(-mean[:len(self.query_code)] @ self.query_code[:len(mean)])
+    def centre(self, x_LD: torch.Tensor) -> None:
+        """Set the codes' biases so that their mean over these tokens is 0."""
+        mean_D = self.scaled(x_LD).mean(0)
+        self.key_bias.copy_(-mean_D @ self.key_code[:len(mean_D)])
+        self.query_bias.copy_(-mean_D @ self.query_code[:len(mean_D)])
 
     def key(self, informed: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """What a token is written under, in h's dtype: h, h on the unit sphere, or learned features of x (`informed`), [..., F]; codes

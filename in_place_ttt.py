@@ -31,7 +31,6 @@ The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP
 """
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 
 import torch
@@ -40,7 +39,7 @@ from torch import nn
 from fast_weight import FastWeight, TTTConfig, drawer
 from memory import Memory
 from sessions import Reader, Writer
-from side_stream import SideStream, distance_bias, unit_rms
+from side_stream import SideStream
 
 
 class TTTMLP(nn.Module):
@@ -89,8 +88,7 @@ class InPlaceTTT(nn.Module):
         if config.deep:
             in_depth = sorted(config.layers)
             self.streams["write"] = SideStream(hidden_size, config.write_attention, in_depth, drawer(generator))
-            alike = config.read_attention == config.write_attention
-            self.streams["read"] = copy.deepcopy(self.streams["write"]) if alike else SideStream(hidden_size, config.read_attention, in_depth, drawer(generator))
+            self.streams["read"] = SideStream(hidden_size, config.read_attention, in_depth, drawer(generator))
         self.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
         self.down_norms = {i: self.down_norm(i) for i in config.layers}
 
@@ -144,7 +142,7 @@ class InPlaceTTT(nn.Module):
         """Context in which the model answers with `memory` attached; nothing is written.
 
         A batch of k times the memory's rows asks k neighbouring questions of each row (see LayerMemory.read).
-        watch: tokens [B, L] of the one forward to come whose queries the yielded Reader keeps, {layer: [M, F]}.
+        watch: tokens [B, L] of the one forward to come whose queries the yielded Reader keeps, {layer: [M, F or K]}.
         """
         return self._mode(Reader(self, memory, watch_BL))
 
@@ -156,29 +154,14 @@ class InPlaceTTT(nn.Module):
         inputs = {}
         hooks = [self._decoder[0].layers[i].mlp.base.register_forward_pre_hook(
             lambda module, args, i=i: inputs.__setitem__(i, args[0])) for i in self.config.layers]
-        hooks.append(self._decoder[0].get_input_embeddings().register_forward_hook(
-            lambda module, args, output: inputs.__setitem__("embeddings", output)))
         states = model.get_decoder()(input_ids=ids_1L, use_cache=False, output_hidden_states=True).hidden_states
         for hook in hooks:
             hook.remove()
-        around = self._streams_over(inputs) if self.config.deep else {}
         for i in self.config.layers:  # states[0] is the embeddings; the last entry is behind the final norm, so the one before serves
             state_LD, fast = states[min(i + 1, len(states) - 2)][0, 1:].float(), self.fast[str(i)]
             fast.value_unit.fill_(state_LD.pow(2).mean(-1).sqrt().median().item())
             if self.config.codes:
-                fast.centre(inputs[i][0, 1:], around.get(i))
-
-    def _streams_over(self, inputs: dict) -> dict[int, torch.Tensor]:
-        """What the write stream says of one text's tokens but the first, by layer [L - 1, Z]; inputs: x by layer, and embeddings."""
-        stream, scaled, said = self.streams["write"], self.fast[str(self.config.layers[0])].scaled, {}
-        position_1L = torch.arange(inputs["embeddings"].shape[1], device=inputs["embeddings"].device)[None]
-        bias = distance_bias(position_1L, position_1L, torch.ones_like(position_1L, dtype=torch.bool)[:, None].expand(-1, position_1L.shape[1], -1),
-                             self.config.write_attention, inputs["embeddings"].dtype, back=True)
-        s_1LZ = stream.begin(scaled(inputs["embeddings"]))
-        for i in sorted(self.config.layers):
-            s_1LZ, _ = stream(i, s_1LZ, scaled(inputs[i]), bias)
-            said[i] = unit_rms(s_1LZ)[0, 1:]
-        return said
+                fast.centre(inputs[i][0, 1:])
 
 
 def check_layers(decoder_layers, wanted) -> None:

@@ -1,10 +1,9 @@
 """How sure a score is: bootstrap over conversations, ratios of paired scores, McNemar's exact test.
 
-A row is one scored probe: a dict with sample_id, probe_id, seed and em (0.0 or 1.0). The probes of one
+A row is one scored probe: a dict with sample_id, probe_id, seed and em (0.0 or 1.0), and name_or_code where that is known. The probes of one
 conversation stand or fall together, so the conversation is what is resampled; training seeds are replicates
 of a conversation and never count as further conversations.
 """
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -14,7 +13,6 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 CEILINGS = ("A_context", "A_tuned")
-CODE = re.compile(r"[A-Z]+-?\d+|\d+[A-Z]+")
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Ratio:
     numerator: Callable      # em -> array
     denominator: Callable    # em -> array
     only: Callable = lambda row: True  # the rows that count
+    least: int = 0           # fewer probes than these say nothing and are left out
 
 
 def ceiling(em):
@@ -41,11 +40,6 @@ def ceiling(em):
 
 def one(em):
     return np.ones_like(next(iter(em.values())))
-
-
-def is_name_or_code(row):
-    """Whether the answer is a person's name (all the gold answers of the category relational) or a code such as BY-795 or 11G."""
-    return row["category"] == "relational" or CODE.fullmatch(row["gold"]) is not None
 
 
 RATIOS = {
@@ -58,7 +52,8 @@ RATIOS = {
                               lambda em: em["D_distractor"] - em["B_memory"], lambda em: em["B_memory"]),
     "merged_4_ratio": Ratio(("B_memory", "B_merged_4"), (), (1,),
                             lambda em: em["B_merged_4"], lambda em: em["B_memory"]),
-    "names_and_codes_ratio": Ratio(("B_memory",), CEILINGS, (1, 3), lambda em: em["B_memory"], ceiling, is_name_or_code),
+    "names_and_codes_ratio": Ratio(("B_memory",), CEILINGS, (1, 3), lambda em: em["B_memory"], ceiling, lambda row: row.get("name_or_code", False),
+                                   least=20),
     "swapped_lift": Ratio(("B_swapped", "C_nothing"), (), (1, 2, 3), lambda em: em["B_swapped"] - em["C_nothing"], one),
     "foreign_cost": Ratio(("A_foreign", "A_context"), (), (1, 2, 3), lambda em: em["A_foreign"] - em["A_context"], one),
 }
@@ -114,7 +109,8 @@ def ratio_cell(ratio, by_condition, settings):
     """One ratio on the probes that all its conditions answered; by_condition maps a condition to its rows.
 
     Returns {"value", "ci", "n", "samples"}, a "note" where something is undefined or left out, and for the ratio to the
-    ceiling which reading was the "denominator" and "A_tuned_run"; None where a condition it needs did not run.
+    ceiling which reading was the "denominator" and "A_tuned_run"; None where a condition it needs did not run
+    or too few probes count.
     """
     by_condition = {name: [row for row in rows if ratio.only(row)] for name, rows in by_condition.items()}
     used = [name for name in ratio.needed + ratio.any_of if by_condition.get(name)]
@@ -123,6 +119,8 @@ def ratio_cell(ratio, by_condition, settings):
         return None
     keys = {name: {probe_key(row) for row in by_condition[name]} for name in used}
     common = set.intersection(*keys.values())
+    if len(common) < ratio.least:
+        return None
     cell = {"value": None, "ci": None, "n": len(common), "samples": len({sample for sample, _ in common})}
     if ratio.any_of:
         cell |= {"denominator": None, "A_tuned_run": "A_tuned" in used}

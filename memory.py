@@ -58,8 +58,8 @@ class LayerMemory:
     """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64).
 
     trust: of values that ridge solved for, w_i / lambda of each slot, 0 of an empty one. It is what a later text needs to solve
-    for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut or a dense form of a memory has lost it.
-    sizes: (A, F / A) where queries are codes; keys then are codes too, unless the update was cut to a rank.
+    for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut, a scaled or a dense form of a memory has lost it.
+    sizes: (A, F / A) where queries are codes; keys then are codes too, or at full width after a cut to a rank.
     """
 
     keys: torch.Tensor | None = None      # [B, S, F] or [B, S, K], dtype of the model
@@ -125,8 +125,9 @@ class LayerMemory:
         return LayerMemory.dense(self.values.transpose(1, 2) @ self.full_keys().to(self.values.dtype), self.sizes)
 
     def smaller_form(self) -> "LayerMemory":
-        """Dense once S slots cost more numbers than the D x F update does; factored before."""
-        if self.is_dense:
+        """Dense once S slots cost more numbers than the D x F update does; factored before, and while it knows its targets: what is
+        written next must not depend on how many slots the batch happens to have."""
+        if self.is_dense or self.trust is not None:
             return self
         (_, slots, width), hidden = self.keys.shape, self.values.shape[2]
         return self.to_dense() if slots * (width + hidden) > self.feed_forward * hidden else self
@@ -168,10 +169,6 @@ class LayerMemory:
         column_BS = leading(wanted_BS, max(1, int(wanted_BS.sum(1).max())))
         kept_BS1 = wanted_BS.gather(1, column_BS).unsqueeze(-1)
         return self.map(lambda t: pick_columns(t, column_BS) * kept_BS1)
-
-    def grouped(self, group: int) -> "LayerMemory":
-        """Factored: `group` neighbouring rows as one, their slots side by side, which is the sum of their updates."""
-        return self.map(lambda t: t.reshape(-1, group * t.shape[1], t.shape[2]))
 
     def padded(self, slots: int) -> "LayerMemory":
         """The same factored memory with empty slots up to `slots`."""
@@ -300,6 +297,8 @@ class Memory:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
             raise MemoryFileError(f"{path}: not a whole safetensors file ({error}); write the memory again") from error
+        if "digest" in metadata and "sizes" not in metadata:
+            raise MemoryFileError(f"{path}: written by an earlier version of the project; write the memory again")
         if metadata.get("digest") != file_digest(tensors, metadata.get("weight_norms", ""), metadata.get("sizes", "")):
             raise MemoryFileError(f"{path}: its content does not match its digest; write the memory again")
         layers: dict[int, dict] = {}

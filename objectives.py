@@ -3,8 +3,8 @@
 The batches come from training_data.py: a Batch of Examples for recall and context, token rows for lm.
 
 Beside the answers' cross-entropy a recall arm with codes has four aids, which say directly what the memory is for:
-    address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among all
-              tokens of eight conversations and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
+    address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among the
+              tokens of up to eight conversations and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
     worth     the write gate is to open where a fact's value follows, and nowhere else (binary cross-entropy)
     calm      prose read with a memory attached is to be predicted as without (Kullback-Leibler)
     foreign   questions about what was never written are to be answered as without a memory, with their text in the prompt and
@@ -12,7 +12,6 @@ Beside the answers' cross-entropy a recall arm with codes has four aids, which s
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +24,7 @@ from model_utils import Loaded
 from training_data import IGNORE, NOWHERE, Batch, Packed, columns, pack, pack_row
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
-RIVALS = 8          # neighbouring conversations among whose tokens an address is to be found
+RIVALS = 8          # neighbouring conversations, at most, among whose tokens an address is to be found
 WORTHY = 2.0        # weight of a token worth writing beside one that is not: a fact that is not written costs more than a slot
 NULL = 0.4          # what a query must meet better than to be no query for nothing
 AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights beside the answers' loss (DECISIONS.md)
@@ -107,12 +106,12 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
 
 
 def address_loss(key_YBSK: torch.Tensor, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, sizes, measures: dict) -> torch.Tensor:
-    """InfoNCE of the asking queries over the tokens of RIVALS conversations and the null, mean over the Y layers.
+    """InfoNCE of the asking queries over the tokens of some conversations and the null, mean over the Y layers.
 
     keys: of all written tokens; queries: {layer: [M, K]} in the order in which asks [B, T] is true; address [M]; sizes: the codes'.
     """
     rows, slots = mask_BS.shape
-    rivals = math.gcd(RIVALS, rows)
+    rivals = next(n for n in range(RIVALS, 0, -1) if rows % n == 0)
     row_M, place_M = asks_BT.nonzero()[:, 0], (asks_BT.cumsum(1) - 1)[asks_BT]
     query_YMK = torch.stack([queries[index] for index in sorted(queries)])
     query_YBQK = query_YMK.new_zeros(len(query_YMK), rows, int(asks_BT.sum(1).max()), query_YMK.shape[2])
@@ -147,7 +146,6 @@ def worth_loss(logit_YBS: torch.Tensor, worth_BS: torch.Tensor, mask_BS: torch.T
 
 def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[int]], device) -> torch.Tensor:
     """KL of the next-token distributions on unrelated prose with a memory attached from those without."""
-    rows = rows[:memory.batch]
     ids, mask = pad_right(rows, loaded.tokenizer.pad_token_id, device)
     decoder, head = loaded.model.get_decoder(), loaded.model.get_output_embeddings()
     logs = lambda: log_softmax(head(decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]).float(), -1)

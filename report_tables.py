@@ -30,7 +30,7 @@ MEANINGS = {
     "lift_over_no_memory": "EM(B_memory) - EM(C_nothing)",
     "distractor_decay": "(EM(D_distractor) - EM(B_memory)) / EM(B_memory) on level 3: loss to later text",
     "merged_4_ratio": "EM(B_merged_4) / EM(B_memory): the share kept with four conversations in one memory",
-    "names_and_codes_ratio": "memory_efficiency_ratio where the answer is a person's name (none of the bank's) or a code",
+    "names_and_codes_ratio": "memory_efficiency_ratio where the answer is a name of the benchmark's people (none of them in the bank) or a code such as BY-795",
     "swapped_lift": "EM(B_swapped) - EM(C_nothing): what a wrong memory seems to know, by luck or worse",
     "foreign_cost": "EM(A_foreign) - EM(A_context): what a memory costs questions about a text it never saw",
 }

@@ -313,8 +313,8 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     if not manifest.get("frozen", True):
         alone = [c.name for c in conditions if c.name in MEMORYLESS]
         if alone:
-            raise UserError(f"--conditions {alone[0]}: asks the base alone, and {arguments.adapter} has a LoRA on it (a joint arm); "
-                            "run it with a frozen arm, or without --adapter")
+            raise UserError(f"--conditions {alone[0]}: asks the base alone, and {arguments.adapter} has a LoRA on it (a joint arm); run "
+                            "it without --adapter, and this arm with --conditions B_memory,B_swapped,D_distractor")
     tuned = read_manifest(arguments.tuned_adapter) if arguments.tuned_adapter else None
     if tuned:
         check_base(tuned, arguments.tuned_adapter, loaded)

@@ -27,9 +27,9 @@ from arms import base_digest
 from decoding import check_window, forward, greedy, prefill, write_rows
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
-from manifests import UserError, run_script
+from manifests import UserError, read_manifest, run_script
 from memory import Memory
-from model_utils import MODELS, Loaded, find_row, load_adapter, load_model, pick_device
+from model_utils import MODELS, Loaded, find_row, load_adapter, load_lora, load_model, pick_device
 
 TEXTS = 3              # conversations the checks of the mechanism write
 SWAPPED_TEXTS = 8      # conversations of the swapped-memory check: it compares scores, so it needs more questions
@@ -257,8 +257,11 @@ def prepare(loaded: Loaded, samples: list[dict], adapter: str | None) -> Setup:
     """Look at the base while it is untouched, then attach the adapter (the row's untrained start when there is none)."""
     texts = [prompts.written_ids(loaded.tokenizer, sample["conversation"]) for sample in samples]
     check_window(loaded.model, max(map(len, texts)), "the longest of the first conversations")
+    joint = bool(adapter and read_manifest(adapter)["lora"])
+    if joint:  # such an arm's base is the one with its LoRA on
+        load_lora(adapter, loaded)
     digest, logits = base_digest(loaded), whole_rows(loaded, texts[:TEXTS])
-    ttt = load_adapter(adapter, loaded)[0] if adapter else InPlaceTTT(loaded.model, loaded.row.plain).requires_grad_(False)
+    ttt = load_adapter(adapter, loaded, lora_is_on=joint)[0] if adapter else InPlaceTTT(loaded.model, loaded.row.plain).requires_grad_(False)
     return Setup(loaded, ttt, samples, texts, TOLERANCE[loaded.model.dtype], digest, logits)
 
 

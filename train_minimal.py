@@ -150,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     data = parser.add_argument_group("the data")
     data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
-    data.add_argument("--conversations", type=int, help=f"conversations per update (default: {CONVERSATIONS})")
+    data.add_argument("--conversations", type=int, help=f"conversations per update (default: {CONVERSATIONS}, or what fits the model's row)")
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
     data.add_argument("--groups", help=f"for recall: sizes to draw from, so many rows are written into one memory (default: {GROUPS})")
     data.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that make data (default: %(default)s)")
@@ -172,7 +172,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
-    arguments.conversations = CONVERSATIONS[arguments.objective] if arguments.conversations is None else arguments.conversations
+    if arguments.conversations is None:
+        arguments.conversations = min(CONVERSATIONS[arguments.objective], find_row(arguments.model).most_conversations)
     if arguments.objective == "recall":
         arguments.groups = arguments.groups or GROUPS
     elif arguments.joint:
@@ -282,7 +283,7 @@ def main() -> None:
     with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
         run_training(arguments, lambda: train(arguments, loaded, arm.ttt, list(trained.values()), optimizer, dataset, losses, log, save), folder)
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
-          f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}")
+          f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,D_distractor' if arguments.joint else ''}")
 
 
 def run_training(arguments, work, folder: Path) -> None:

@@ -66,7 +66,7 @@ def sample_conversation(rng, lang="en", split="train", n_facts=None, n_prose=0, 
 
     rng is a random.Random; the same state gives the same sample. split "dev" uses only forms and values held out
     from "train". n_facts is drawn from 3 to 12 if None. n_prose passages of filler stand between the turns.
-    topics, from draw_topics, are what the facts are about (a chain of two aside); conversations of the same topics tell the
+    topics, from draw_topics, are what the facts are about (the three of a chain aside); conversations of the same topics tell the
     same kinds of fact about other people.
     Raises ValueError for an unknown language or split and BankError (a ValueError) for a faulty data file.
     """

@@ -1,4 +1,5 @@
 """The scorer in both languages, the bootstrap, the ratios and McNemar's test."""
+import dataclasses
 import random
 
 import numpy as np
@@ -134,12 +135,14 @@ def test_ratios_by_hand(name, value):
 
 
 def test_the_ratio_on_names_and_codes_looks_at_nothing_else():
-    golds = {"a": ("Marta", "relational"), "b": ("BY-795", "spatial"), "c": ("attic", "spatial"), "d": ("11G", "spatial"), "e": ("24 euros", "numeric")}
+    golds = {"a": "玛尔塔", "b": "BY-795", "c": "attic", "d": "11G", "e": "24 euros"}
     right = {"A_context": "abcd", "B_memory": "ace"}  # of a, b and d: three in context, one from memory
-    rows = {name: [row | {"gold": golds[row["sample_id"]][0], "category": golds[row["sample_id"]][1]}
+    rows = {name: [row | {"name_or_code": evaluate.is_name_or_code(golds[row["sample_id"]])}
                    for row in probes({sample: [int(sample in good)] for sample in golds})] for name, good in right.items()}
-    cell = ratio_cell(RATIOS["names_and_codes_ratio"], rows, FAST)
+    cell = ratio_cell(dataclasses.replace(RATIOS["names_and_codes_ratio"], least=3), rows, FAST)
     assert (cell["value"], cell["n"]) == (pytest.approx(1 / 3), 3)
+    assert ratio_cell(RATIOS["names_and_codes_ratio"], rows, FAST) is None  # of three probes nothing is said
+    assert evaluate.is_name_or_code("Marta") and not evaluate.is_name_or_code("ring") and not evaluate.is_name_or_code("8201")
 
 
 def test_the_ceiling_is_the_better_reading_and_says_which():

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 import decoding
 from decoding import prefill, write_rows
 from fast_weight import code_sizes
-from fast_weight import code_sizes
-from fast_weight import code_sizes
 from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
 from memory import Memory, expand, meets, tensors_digest
 from sessions import Pending
@@ -335,6 +333,19 @@ def test_the_order_of_texts_does_not_matter_to_a_blind_ridge_memory(family, atta
         for i, layer in memory.layers.items():
             torch.testing.assert_close(layer.update, updates["forth"].layers[i].update, atol=1e-9, rtol=1e-7, msg=f"{name}, layer {i}")
     assert updates["forth"].update_norm().min() > 1e-3
+
+
+def test_a_row_that_is_gone_on_from_does_not_depend_on_its_neighbours(llama, attach):
+    """A long neighbour pads the row's slots; what is known of its targets must not be lost by that."""
+    ttt = attach(llama, layers=(1,), chunk=None, rule="ridge", gate=True, blind=True, codes=True)
+    first, long, second = token_rows((9,))[0], token_rows((80,), seed=5)[0], token_rows((7, 6), seed=6)
+    updates = []
+    for rows, more in (([first], second[:1]), ([first, long], second)):
+        memory = write_once(llama.model, ttt, *batch_of(rows))[1]
+        after = write_once(llama.model, ttt, *batch_of(more), memory=memory)[1]
+        updates.append(after.layers[1].to_dense().update[0])
+    torch.testing.assert_close(updates[0], updates[1], atol=1e-9, rtol=1e-7)
+    assert updates[0].norm() > 1e-3
 
 
 def test_a_summed_or_dense_ridge_memory_is_gone_on_from_by_what_it_does_not_answer(llama, attach):

@@ -172,6 +172,15 @@ def test_the_demo_stops_at_the_first_failing_step(clone):
     assert calls(clone)[-1].startswith("sanity.py")
 
 
+@pytest.mark.parametrize("name", ["setup.sh", "README.md"])
+def test_every_arm_that_is_named_is_in_the_repository(name):
+    """A checkpoint that only lies on this disk would be missing from a clone."""
+    named = set(re.findall(r"checkpoints/([a-z][\w.-]*\w)", (ROOT / name).read_text(encoding="utf-8")))
+    tracked = {path.split("/")[1] for path in subprocess.run(["git", "ls-files", "checkpoints"], cwd=ROOT, capture_output=True, text=True,
+                                                            check=True).stdout.split()}
+    assert {arm for arm in named if not arm.startswith("my-")} <= tracked and "smollm2-deep" in tracked
+
+
 @pytest.mark.first
 def test_the_demo_as_a_user_runs_it(tmp_path):
     """The real model and the committed adapters on one conversation a level, in a copy that borrows this environment."""

@@ -379,10 +379,10 @@ def test_a_joint_arm_trains_a_lora_that_writes_and_reads(tmp_path, call, run_mai
 
 @torch.enable_grad()
 def test_the_answers_reach_a_joint_base_through_the_write(attached):
-    """With no LoRA in what reads, a frozen write gives the base no gradient and a joint one does."""
+    """A weight that both writes and reads: joint, its slope differs by what came through the write."""
     loaded = tiny("tiny-llama")
     ttt = strengthen(attached(loaded, layers=(2,), chunk=None))
-    gate = loaded.model.get_decoder().layers[1].mlp.gate_proj.weight  # below the TTT layer: read with too, so compare
+    gate = loaded.model.get_decoder().layers[1].mlp.gate_proj.weight  # below the TTT layer
     slopes = {}
     try:
         gate.requires_grad_(True)

@@ -199,11 +199,27 @@ def test_the_size_of_a_memory_is_drawn_and_every_second_group_holds_prose():
     assert sizes == {1, 2, 4}
 
 
-def test_foreign_rows_ask_about_what_no_memory_holds_on_the_same_topics():
+def test_a_memory_and_its_foreign_questions_are_on_the_same_topics(monkeypatch):
+    drawn, example = [], BankDataset.example
+    monkeypatch.setattr(BankDataset, "example", lambda self, rng, lang, shown, prose, topics, probes=None:
+                        (drawn.append((lang, topics)), example(self, rng, lang, shown, prose, topics, probes))[1])
+    dataset, narrow = BankDataset(TOKENIZER, ("en", "zh"), 60, 16, 4, 0, shown=False, groups=(1, 4), foreign=True), []
+    for update in range(32, 60, 2):
+        drawn.clear()
+        batch = dataset[update]
+        written, foreign = drawn[:16], drawn[16:]
+        memories = [set(written[i:i + batch.group]) for i in range(0, 16, batch.group)]
+        assert all(len(memory) == 1 for memory in memories)  # one language and one set of topics, or none
+        assert foreign == [memory.pop() for memory in memories[:len(foreign)]] and foreign
+        narrow += [topics is not None for _, topics in written]
+    assert 0.3 < sum(narrow) / len(narrow) < 0.7
+
+
+def test_foreign_rows_ask_about_what_no_memory_holds():
     """Every second update; half with their text in the prompt, in the language of the memory they are asked with."""
     dataset = BankDataset(TOKENIZER, ("en", "zh"), 60, 32, 4, 0, shown=False, groups=(1, 4), foreign=True)
     is_chinese = lambda ids: any("\u4e00" <= c <= "\u9fff" for c in TOKENIZER.decode(ids))
-    shown, alike = [], 0
+    shown = []
     for update in range(0, 60):
         batch = dataset[update]
         assert bool(batch.foreign) == (update % 2 == 0)
