@@ -57,7 +57,7 @@ def _read(path):
 @functools.cache
 def person_names():
     """The names that people may have in the benchmark, in both languages."""
-    return frozenset(name for pair in Content().words["person"] for name in pair.split("|"))
+    return frozenset(name for pair in _read(DATA / "skeletons_words.json")["person"] for name in pair.split("|"))
 
 
 # --- plan: what a conversation tells, the same in both languages ----------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from memory import LayerMemory, expand, leading, meets, pick_columns, unit
-from side_stream import HEAD, attention, distance_bias, split_heads, unit_rms
+from side_stream import HEAD, distance_bias, look, unit_rms
 
 TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
@@ -178,7 +178,7 @@ class FastWeight(nn.Module):
         if self.config.write_attention:
             if not self.config.deep:
                 bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
-                around_BSZ = attention(*split_heads(x_BSD @ self.key_attend, held.h.dtype), bias_BHSS)
+                around_BSZ, _ = look(x_BSD @ self.key_attend, bias_BHSS)
             informed = beside(x_BSD, around_BSZ)
         strength_BS, worth_BS = self.strength(informed)
         return Slots(self.key(informed, held.h), self.contents(held, x_BSD, chunk_BS), strength_BS * held.real, worth_BS)
@@ -266,10 +266,7 @@ class FastWeight(nn.Module):
 
         bias: `distance_bias` from the L new tokens to all T; seen: what the call before returned.
         """
-        q, k, v = split_heads(self.scaled(x_BLD) @ self.query_attend, bias_BHLT.dtype)
-        if seen is not None:
-            k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
-        return attention(q, k, v, bias_BHLT), (k, v)
+        return look(self.scaled(x_BLD) @ self.query_attend, bias_BHLT, seen)
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:

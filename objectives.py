@@ -21,7 +21,7 @@ from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory, meets
 from model_utils import Loaded
-from training_data import IGNORE, NOWHERE, Batch, Packed, columns, pack, pack_row
+from training_data import IGNORE, NOWHERE, Batch, Packed, columns, pack
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 RIVALS = 8          # neighbouring conversations, at most, among whose tokens an address is to be found
@@ -90,7 +90,7 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
         answered = answer_loss(loaded, packed)
     loss, measures = answered.loss, {}
     if ttt.config.codes:
-        aids = {"address": address_loss(writer.slots.keys, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, ttt.fast[str(ttt.config.layers[0])].sizes, measures)}
+        aids = {"address": address_loss(writer.slots.keys, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, next(iter(memory.layers.values())).sizes, measures)}
         if ttt.config.gate:
             worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
             aids["worth"] = worth_loss(writer.slots.worth, worth, mask, measures)
@@ -100,7 +100,7 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
             aids["foreign"] = foreign_loss(loaded, ttt, memory, pack(batch.foreign, pad_id, device))
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
-    untouched = sum(map(len, batch.calm)) + sum(len(pack_row(example)[0]) for example in batch.foreign)
+    untouched = sum(map(len, batch.calm)) + sum(example.prompt_tokens for example in batch.foreign)
     tokens = answered.tokens + ids.numel() + 2 * untouched  # what must not change is read twice
     return Step(loss, answered.labels, answered.right, tokens, memory, measures)
 
@@ -149,21 +149,25 @@ def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[i
     ids, mask = pad_right(rows, loaded.tokenizer.pad_token_id, device)
     decoder, head = loaded.model.get_decoder(), loaded.model.get_output_embeddings()
     logs = lambda: log_softmax(head(decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]).float(), -1)
-    with torch.no_grad():
-        without = logs()
-    with ttt.read(memory.select(list(range(len(rows))))) as reader:
-        reader.expect(mask)
-        attached = logs()
-    return kl_div(attached, without, reduction="batchmean", log_target=True)
+    return change_of(logs, ttt, memory, mask)
 
 
 def foreign_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, packed: Packed) -> torch.Tensor:
     """KL of the answer tokens' distributions with a memory that knows nothing of them attached from those without."""
+    logs = lambda: log_softmax(answer_logits(loaded, packed), -1)
+    return change_of(logs, ttt, memory, torch.ones_like(packed.ids), packed.position, packed.question)
+
+
+def change_of(logs, ttt: InPlaceTTT, memory: Memory, mask_BL: torch.Tensor, *packing) -> torch.Tensor:
+    """KL of the log-probabilities [M, V] that logs() gives with a memory attached from those without; row i reads memory i.
+
+    mask and packing: what the reader is told of the B rows (Reader.expect).
+    """
     with torch.no_grad():
-        without = log_softmax(answer_logits(loaded, packed), -1)
-    with ttt.read(memory.select(list(range(len(packed.ids))))) as reader:
-        reader.expect(torch.ones_like(packed.ids), packed.position, packed.question)
-        attached = log_softmax(answer_logits(loaded, packed), -1)
+        without = logs()
+    with ttt.read(memory.select(list(range(len(mask_BL))))) as reader:
+        reader.expect(mask_BL, *packing)
+        attached = logs()
     return kl_div(attached, without, reduction="batchmean", log_target=True)
 
 

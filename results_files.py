@@ -206,22 +206,26 @@ def lend_rows(arms):
             have = [row for run, rows in own if any(run is other for other in mine) for row in rows]
             parts = {(row["level"], row["lang"]) for row in have}
             for condition in sorted(set(MEMORYLESS) - {row["condition"] for row in have}):
-                lenders = [(run, [row for row in rows if row["condition"] == condition and (row["level"], row["lang"]) in parts])
-                           for run, rows in lenders_of(condition, mine[0], own)]
-                lenders = [(run, rows) for run, rows in lenders if rows]
+                lenders = lenders_of(condition, parts, mine[0], own)
                 if lenders:
-                    covers = lambda rows: len({(row["level"], row["lang"]) for row in rows})
-                    run, rows = max(lenders, key=lambda pair: (covers(pair[1]), sum(row["em"] for row in pair[1]) / len(pair[1])))
+                    run, rows = max(lenders, key=worth_lending)
                     mine[0]["predictions"] += [row | {"seed": seed} for row in rows]
                     borrowed[key][condition] = run["arm"]
     return borrowed
 
 
-def lenders_of(condition, borrower, own):
-    """The (run, rows) on the borrower's base, in its dtype and for as many samples, that ran a condition."""
-    return [(run, rows) for run, rows in own
-            if all(run.get(name) == borrower.get(name) for name in ("model_sha256", "dtype", "limit"))
-            and any(row["condition"] == condition for row in rows)]
+def lenders_of(condition, parts, borrower, own):
+    """(run, its rows of a condition in these levels and languages) of every run on the borrower's base, in its dtype and for as many
+    samples, that has any."""
+    alike = [(run, rows) for run, rows in own if all(run.get(name) == borrower.get(name) for name in ("model_sha256", "dtype", "limit"))]
+    found = [(run, [row for row in rows if row["condition"] == condition and (row["level"], row["lang"]) in parts]) for run, rows in alike]
+    return [(run, rows) for run, rows in found if rows]
+
+
+def worth_lending(lender):
+    """By what a (run, rows) is chosen: how many levels and languages it covers, then its EM."""
+    _, rows = lender
+    return len({(row["level"], row["lang"]) for row in rows}), sum(row["em"] for row in rows) / len(rows)
 
 
 def shown_arms(arms):

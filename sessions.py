@@ -75,7 +75,7 @@ class Reader:
 
 @dataclass
 class Pending:
-    """Tokens held as the target's source, the MLP's x and h, and the flags that keep pads and written tokens out, all [B, P, ...].
+    """Tokens held as the target's source, the MLP's x and h (x again for codes, which are made of x alone), and the flags that keep pads and written tokens out, all [B, P, ...].
 
     real: not a pad. fresh: real and not yet in the folded memory (a few written tokens stay on as the conv's left context).
     position: how many real tokens of the row stand before this one.
@@ -145,7 +145,8 @@ class Writer:
         self._passed.add(index)
         fast = self.owner.fast[str(index)]
         source_BLD = x_BLD if self.owner.config.target == "hidden_states" else self._embed_BLD
-        new = Pending(source_BLD, x_BLD, h_BLF, self._real_BL, self._real_BL, self._position_BL)
+        kept_h = x_BLD if self.owner.config.codes else h_BLF
+        new = Pending(source_BLD, x_BLD, kept_h, self._real_BL, self._real_BL, self._position_BL)
         if self.form == "sequential":
             return self._sequential(index, fast, new)
         held = self.pending[index].append(new) if index in self.pending else new
@@ -210,7 +211,7 @@ class Writer:
         numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
         stacked = lambda name: torch.stack([getattr(held, name) for held in helds])
         x = stacked("x")
-        inputs = {"x": x, "h": x if config.codes else stacked("h")}  # codes are made of x alone
+        inputs = {"x": x, "h": x if config.codes else stacked("h")}
         if config.target == "hidden_states":
             inputs["source"] = x
         if config.deep:
@@ -239,13 +240,11 @@ class Writer:
             keys, contents, weights = (pick_columns(t.flatten(0, 1), column_NS).unflatten(0, t.shape[:2]) for t in (keys, contents, weights))
         side_by_side = lambda t: t.unflatten(1, (-1, group)).flatten(2, 3)
         keys, contents, weights = (side_by_side(t) for t in (keys, contents, weights))
-        sizes = self.owner.fast[str(config.layers[0])].sizes
+        of_layers = lambda values: {index: LayerMemory.factored(k, v, sizes=self.owner.fast[str(index)].sizes)
+                                    for index, k, v in zip(self.pending, keys, values)}
         if config.rule == "hebbian":
-            contents = contents * weights.unsqueeze(-1)
-        updates = {index: LayerMemory.factored(k, v, sizes=sizes) for index, k, v in zip(self.pending, keys, contents)}
-        if config.rule == "hebbian":
-            return updates
-        return self._solve(updates, {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(self.pending, weights)})
+            return of_layers(contents * weights.unsqueeze(-1))
+        return self._solve(of_layers(contents), {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(self.pending, weights)})
 
     def _solve(self, updates: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, LayerMemory]:
         """Ridge: the values that answer the updates' contents at their keys, and all that the memory before still knows the targets of.
@@ -266,12 +265,12 @@ class Writer:
 
     def _sequential(self, index: int, fast: FastWeight, new: Pending) -> torch.Tensor:
         """The oracle: row by row, chunk after chunk, a running dense update; its own plain conv1d."""
-        old = self.start.layers[index] if self.start else None
+        old, feed_forward = self.start.layers[index] if self.start else None, self.owner.down_proj(index).in_features
         rows, updates = [], []
         for b in range(new.x.shape[0]):
             real = new.real[b].nonzero()[:, 0]
             row = Pending(*(t[b:b + 1, real] for t in new.fields()))
-            update_DF, known_FF = fast.conv.new_zeros(row.x.shape[2], row.h.shape[2]), fast.conv.new_zeros(row.h.shape[2], row.h.shape[2])
+            update_DF, known_FF = (fast.conv.new_zeros(height, feed_forward) for height in (row.x.shape[2], feed_forward))
             if old is not None:
                 update_DF = old.to_dense().update[b]
             if old is not None and old.trust is not None:

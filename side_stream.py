@@ -50,6 +50,17 @@ def distance_bias(query_BL: torch.Tensor, key_BT: torch.Tensor, allowed_BLT: tor
     return bias_BHLT.to(dtype)
 
 
+def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None = None):
+    """(what the heads of the new tokens gather, [B, L, Z], their keys and values so far); mapped: [B, L, 3 Z], see split_heads.
+
+    seen: the keys and values of the tokens before, where a text comes in pieces.
+    """
+    q, k, v = split_heads(mapped_BLM, bias_BHLT.dtype)
+    if seen is not None:
+        k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
+    return attention(q, k, v, bias_BHLT), (k, v)
+
+
 class Block(nn.Module):
     """The stream's part at one TTT layer: inject I [D, Z], attend A [Z, 3 Z], up U [Z, 2 Z], down V [2 Z, Z]."""
 
@@ -59,13 +70,11 @@ class Block(nn.Module):
         self.up, self.down = nn.Parameter(draw(width, WIDER * width)), nn.Parameter(0.1 * draw(WIDER * width, width))
 
     def forward(self, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
-        """(s [B, L, Z], the heads' keys and values so far). seen: those of the tokens before, where a text comes in pieces."""
+        """(s [B, L, Z], the heads' keys and values so far); seen: see look."""
         s_BLZ = before_BLZ + x_BLD @ self.inject
-        q, k, v = split_heads(unit_rms(s_BLZ) @ self.attend, bias_BHLT.dtype)
-        if seen is not None:
-            k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
-        s_BLZ = s_BLZ + attention(q, k, v, bias_BHLT).to(s_BLZ.dtype)
-        return s_BLZ + gelu(unit_rms(s_BLZ) @ self.up) @ self.down, (k, v)
+        gathered_BLZ, seen = look(unit_rms(s_BLZ) @ self.attend, bias_BHLT, seen)
+        s_BLZ = s_BLZ + gathered_BLZ.to(s_BLZ.dtype)
+        return s_BLZ + gelu(unit_rms(s_BLZ) @ self.up) @ self.down, seen
 
 
 class SideStream(nn.Module):

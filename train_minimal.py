@@ -172,8 +172,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
+    arguments.row = find_row(arguments.model)  # of a folder or a hub id it reads the configuration, so once
     if arguments.conversations is None:
-        arguments.conversations = min(CONVERSATIONS[arguments.objective], find_row(arguments.model).most_conversations)
+        arguments.conversations = min(CONVERSATIONS[arguments.objective], arguments.row.most_conversations)
     if arguments.objective == "recall":
         arguments.groups = arguments.groups or GROUPS
     elif arguments.joint:
@@ -240,7 +241,7 @@ def make_dataset(arguments, config, loaded: Loaded, langs):
 
 def main() -> None:
     arguments = parse_arguments()
-    row = find_row(arguments.model)
+    row = arguments.row
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
     folder = Path(arguments.out) / arguments.arm
     if (folder / "manifest.json").exists() and not arguments.resume:

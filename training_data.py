@@ -38,6 +38,10 @@ class Example:
     worth: list[int] = ()              # 1 for every written token whose next token belongs to a fact's value, else 0
     addresses: list[list[int]] = ()    # for every answer token of every pair the written token that stands before it in its fact
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prefix) + sum(len(question) + len(answer) for question, answer in self.pairs)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -351,12 +351,7 @@ def test_divergence_before_the_first_checkpoint_says_so(tmp_path, call, monkeypa
 
 # ---- joint arms, and arms that go on from others ----
 
-def base_of(loaded):
-    """The base's own parameters, whatever is attached."""
-    return arms.base_digest(loaded)
-
-
-def test_a_joint_arm_trains_a_lora_that_writes_and_reads(tmp_path, call, run_main, capsys):
+def test_a_joint_arm_trains_a_lora_that_writes_and_reads(tmp_path, call, run_main):
     code, _, err = call(command(tmp_path, "--joint", updates=3))
     manifest = read_manifest(tmp_path / "a")
     assert code == 0 and manifest["frozen"] is False and manifest["lora"] == arms.LORA and manifest["ttt"], err
@@ -368,7 +363,7 @@ def test_a_joint_arm_trains_a_lora_that_writes_and_reads(tmp_path, call, run_mai
     assert not still
     ids = torch.tensor(token_rows((12,)))
     assert not torch.allclose(loaded.model(ids).logits, plain.model(ids).logits)  # the LoRA is on where the adapter is loaded
-    assert base_of(loaded) == base_of(plain)
+    assert arms.base_digest(loaded) == arms.base_digest(plain)
     code, _, err = run_main(run_experiment.main, ["run_experiment.py", "--model", "tiny-llama", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "r"),
                                                   "--conditions", "B_memory,A_context", "--limit", "1", "--device", "cpu"])
     assert code == 2 and "A_context" in err and "joint arm" in err and not (tmp_path / "r").exists()

@@ -41,7 +41,7 @@ def spans_of(sample):
 
 @pytest.mark.parametrize("lang", LANGS)
 def test_topics_are_what_single_facts_are_about(lang):
-    """The ids of a few relations; every relation of a conversation is among them, the two and three facts of a chain aside."""
+    """The ids of a few relations; every relation of a conversation is among them, the three facts of a chain aside."""
     bank, rng = load_bank(lang), random.Random(2)
     for _ in range(30):
         topics = training_bank.draw_topics(rng, lang)
