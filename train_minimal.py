@@ -28,7 +28,7 @@ import training_bank
 from arms import LORA, Arm, base_digest
 from fast_weight import TARGETS
 from manifests import UserError, provenance, read_manifest, run_script
-from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device
+from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from training_data import BankDataset, TextDataset, batches, load_texts
 from training_state import STATE, identity, keep_log, resume, save_state
@@ -251,6 +251,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
     loaded = load_model(arguments.model, device, dtype)
+    fuse_norms(loaded.model)
     before = base_digest(loaded)
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()

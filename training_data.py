@@ -16,9 +16,9 @@ from manifests import UserError, file_sha256
 IGNORE = -100           # label of a position that carries no loss
 NOWHERE = -1            # address of an answer token that stands nowhere in the text (the line break that ends the answer)
 PROSE_TOKENS = (80, 280)    # a row of unrelated prose beside the conversations of a merged memory
-CALM_EVERY = 4          # every fourth update reads unrelated prose with a memory attached
+CALM_EVERY = 8          # every eighth update reads unrelated prose with a memory attached
 CALM_TOKENS = 48        # a row of unrelated prose that is read with a memory attached
-FOREIGN_EVERY = 2       # every second update asks about conversations that nobody wrote
+FOREIGN_EVERY = 4       # every fourth update asks about conversations that nobody wrote
 FOREIGN_SHARE = 8       # one such row for so many conversations
 FOREIGN_PROBES = 4      # questions of such a row
 ALONE = 32              # updates at the start with the least group: the gates learn first what to leave out
@@ -63,7 +63,7 @@ class BankDataset(Dataset):
     shown: whether the prompt shows the conversation (A_tuned) or only asks about it (the memory arms).
     groups: sizes of memory to draw from, each update its own (the first ones the least): so many neighbouring rows are written into
     one memory. In groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
-    calm: whether every fourth update also brings prose to be read with a memory attached. foreign: whether every second one brings
+    calm: whether every eighth update also brings prose to be read with a memory attached. foreign: whether every fourth one brings
     questions about conversations that are not in memory.
     """
 
