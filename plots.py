@@ -217,26 +217,27 @@ def b_vs_d(report):
 
 def memory_curves(report):
     """Exact match against what one memory has to hold and what is kept of it, a line per arm and language."""
-    lines = [[(arm, lang, points) for arm, lang in panels_of(report) for points in [curve_points(arm, lang, level, steps)]
-              if len(points) > 1] for _, level, steps in CURVES]
-    if not any(lines):
+    curves = [(what, level, steps, drawn) for what, level, steps in CURVES
+              for drawn in [[(arm, lang, points) for arm, lang in panels_of(report) for points in [curve_points(arm, lang, level, steps)] if len(points) > 1]]
+              if drawn]
+    if not curves:
         return None
-    everybody = list(dict.fromkeys((arm["model"], arm["arm"], lang) for drawn in lines for arm, lang, _ in drawn))
-    figure = Figure(figsize=(11.5, 4.2))
+    everybody = list(dict.fromkeys((arm["model"], arm["arm"], lang) for *_, drawn in curves for arm, lang, _ in drawn))
+    figure = Figure(figsize=(3.9 * max(2, len(curves)), 4.2 + 0.11 * len(everybody)))
     figure.suptitle("Exact match against what a memory holds and keeps (bars: 95% bootstrap over conversations)")
-    for ax, (what, level, steps), drawn in zip(figure.subplots(1, len(CURVES)), CURVES, lines):
+    labels = {}
+    for ax, (what, level, steps, drawn) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
         for arm, lang, points in drawn:
             index = everybody.index((arm["model"], arm["arm"], lang))  # the same colour in every panel
-            ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
-                        color=COLORS[index % len(COLORS)], markersize=4, linewidth=1, capsize=2,
-                        label=f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]} (n = {span([cell['n'] for cell in points.values()])})")
+            line = ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
+                               color=COLORS[index % len(COLORS)], linestyle="-" if index < len(COLORS) else "--", markersize=4, linewidth=1, capsize=2)
+            labels[f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]}"] = line
         em_axis(ax)
         ax.set_xticks(range(len(steps)), [label for label, _ in steps])
         ax.set_xlim(-0.4, len(steps) - 0.6)
         ax.set_xlabel(what)
-        ax.set_title(f"level {level}")
-        if drawn:
-            ax.legend(fontsize=6.5, loc="best")
+        ax.set_title(f"level {level} (n = {span([cell['n'] for *_, points in drawn for cell in points.values()])})")
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
