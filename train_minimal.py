@@ -162,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {LR})")
     how.add_argument("--warmup", type=int, default=50, help="updates of linear warm-up (default: %(default)s)")
     how.add_argument("--clip", type=float, default=1.0, help="gradient norm is cut to this (default: %(default)s)")
+    how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, of every trained tensor (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the data and the initial adapter (default: %(default)s)")
     how.add_argument("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint; an arm that is finished stays as it is")
@@ -184,6 +185,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments.lr = LR[arguments.objective] if arguments.lr is None else arguments.lr
     if not arguments.lr > 0:
         raise UserError(f"--lr {arguments.lr:g}: use a number above 0")
+    if not arguments.weight_decay >= 0:
+        raise UserError(f"--weight-decay {arguments.weight_decay:g}: use 0 or more")
     for name, least in {"conversations": 1, "probes": 1, "updates": 1, "save_every": 1, "workers": 0, "warmup": 0}.items():
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use {least} or more")
@@ -257,12 +260,12 @@ def main() -> None:
     trained = arm.trained()
     # a LoRA learns at its own rate beside the fast weights
     optimizer = torch.optim.AdamW([{"params": [p], "share": LR["context"] / LR["recall"] if arguments.joint and name.startswith("lora.") else 1.0}
-                                   for name, p in trained.items()], lr=arguments.lr, weight_decay=0.0)
+                                   for name, p in trained.items()], lr=arguments.lr, weight_decay=arguments.weight_decay)
     dataset, data_sha = make_dataset(arguments, config, loaded, langs)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": arm.lora is None, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
                 "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
-                "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "conversations": arguments.conversations,
+                "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay, "conversations": arguments.conversations,
                               "probes": arguments.probes, "groups": arguments.groups,
                               "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)

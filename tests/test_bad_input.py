@@ -249,6 +249,7 @@ WRONG_TRAINING = {
     "--save-every 0": ("--save-every 0",),
     "--workers -1": ("--workers -1",),
     "--lr 0": ("--lr 0",),
+    "--weight-decay -1": ("--weight-decay -1",),
     "--objective lm --data no/such/file.txt": ("no/such/file.txt", "no such file"),
 }
 

@@ -484,7 +484,17 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_arm_stays(tmp_pa
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
 
 
-CHANGES = [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1), ("--objective", "context", "--groups", "")]
+def test_weight_decay_draws_the_trained_tensors_to_zero(tmp_path, call):
+    norms = []
+    for decay in (0, 5):
+        call(command(tmp_path / str(decay), "--weight-decay", decay, "--warmup", 0, updates=2))
+        adapter = load_file(tmp_path / str(decay) / "a/adapter.safetensors")
+        norms.append({name: t.float().norm().item() for name, t in adapter.items() if "proj" in name})
+        assert read_manifest(tmp_path / str(decay) / "a")["optimizer"]["weight_decay"] == decay
+    assert norms[0] and all(norms[1][name] < norms[0][name] for name in norms[0])
+
+
+CHANGES = [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1), ("--weight-decay", 0.1), ("--objective", "context", "--groups", "")]
 
 
 @pytest.mark.parametrize("finished, change", [*((False, c) for c in CHANGES), (True, CHANGES[0]), (True, CHANGES[2])])
