@@ -89,6 +89,7 @@ class InPlaceTTT(nn.Module):
             in_depth = sorted(config.layers)
             self.streams["write"] = SideStream(hidden_size, config.write_attention, in_depth, drawer(generator))
             self.streams["read"] = SideStream(hidden_size, config.read_attention, in_depth, drawer(generator))
+        self.eval()  # training asks for dropout, nobody else
         self.to(decoder.layers[config.layers[0]].mlp.base.down_proj.weight.device)
         self.down_norms = {i: self.down_norm(i) for i in config.layers}
 
@@ -96,6 +97,13 @@ class InPlaceTTT(nn.Module):
         """Put the base MLPs back; the model is as it was before."""
         for i in self.config.layers:
             self._decoder[0].layers[i].mlp = self._decoder[0].layers[i].mlp.base
+
+    def drop(self, share: float) -> None:
+        """Drop this share of what each block of the side streams adds, until told otherwise; 0 is what answers are made with."""
+        for part in self.streams.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = share
+        self.train(share > 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is trained, by name: LAYER.part of a layer's FastWeight, streams.part of the side streams."""

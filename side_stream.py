@@ -68,13 +68,14 @@ class Block(nn.Module):
         super().__init__()
         self.inject, self.attend = nn.Parameter(draw(hidden_size, width)), nn.Parameter(draw(width, 3 * width))
         self.up, self.down = nn.Parameter(draw(width, WIDER * width)), nn.Parameter(0.1 * draw(WIDER * width, width))
+        self.dropout = nn.Dropout(0.0)  # of what a block adds to the stream; training sets its share
 
     def forward(self, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
         """(s [B, L, Z], the heads' keys and values so far); seen: see look."""
         s_BLZ = before_BLZ + x_BLD @ self.inject
         gathered_BLZ, seen = look(unit_rms(s_BLZ) @ self.attend, bias_BHLT, seen)
-        s_BLZ = s_BLZ + gathered_BLZ.to(s_BLZ.dtype)
-        return s_BLZ + gelu(unit_rms(s_BLZ) @ self.up) @ self.down, seen
+        s_BLZ = s_BLZ + self.dropout(gathered_BLZ.to(s_BLZ.dtype))
+        return s_BLZ + self.dropout(gelu(unit_rms(s_BLZ) @ self.up) @ self.down), seen
 
 
 class SideStream(nn.Module):

@@ -80,6 +80,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
+        torch.manual_seed(arguments.seed + update)  # a resumed run drops what an uninterrupted one would
         result = step(loaded, ttt, batch, device)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
@@ -162,6 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {LR})")
     how.add_argument("--warmup", type=int, default=50, help="updates of linear warm-up (default: %(default)s)")
     how.add_argument("--clip", type=float, default=1.0, help="gradient norm is cut to this (default: %(default)s)")
+    how.add_argument("--dropout", type=float, default=0.0, help="share of what side streams gather that is dropped (default: %(default)s)")
     how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, of every trained tensor (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the data and the initial adapter (default: %(default)s)")
     how.add_argument("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
@@ -187,6 +189,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--lr {arguments.lr:g}: use a number above 0")
     if not arguments.weight_decay >= 0:
         raise UserError(f"--weight-decay {arguments.weight_decay:g}: use 0 or more")
+    if not 0 <= arguments.dropout < 1:
+        raise UserError(f"--dropout {arguments.dropout:g}: use a share from 0 to below 1")
     for name, least in {"conversations": 1, "probes": 1, "updates": 1, "save_every": 1, "workers": 0, "warmup": 0}.items():
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use {least} or more")
@@ -258,6 +262,10 @@ def main() -> None:
     before = base_digest(loaded)
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()
+    if arguments.dropout:
+        if not (config and config.deep):
+            raise UserError(f"--dropout {arguments.dropout:g}: this arm has no side streams to drop from; add --deep, or leave it out")
+        arm.ttt.drop(arguments.dropout)
     # a LoRA learns at its own rate beside the fast weights
     optimizer = torch.optim.AdamW([{"params": [p], "share": LR["context"] / LR["recall"] if arguments.joint and name.startswith("lora.") else 1.0}
                                    for name, p in trained.items()], lr=arguments.lr, weight_decay=arguments.weight_decay)
@@ -265,9 +273,9 @@ def main() -> None:
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": arm.lora is None, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
                 "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
-                "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay, "conversations": arguments.conversations,
-                              "probes": arguments.probes, "groups": arguments.groups,
-                              "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
+                "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay,
+                              "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
+                              "groups": arguments.groups, "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:

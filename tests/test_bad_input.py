@@ -250,6 +250,8 @@ WRONG_TRAINING = {
     "--workers -1": ("--workers -1",),
     "--lr 0": ("--lr 0",),
     "--weight-decay -1": ("--weight-decay -1",),
+    "--dropout 1": ("--dropout 1", "below 1"),
+    "--form plain --dropout 0.1": ("--dropout 0.1", "side streams"),
     "--objective lm --data no/such/file.txt": ("no/such/file.txt", "no such file"),
 }
 

@@ -454,9 +454,9 @@ def interrupt_at(monkeypatch, objective, update):
 ADAPTER = {"recall": "adapter.safetensors", "lm": "adapter.safetensors", "context": "lora/adapter_model.safetensors"}
 
 
-@pytest.mark.parametrize("objective", ADAPTER)
-def test_a_resumed_arm_is_the_uninterrupted_one_byte_for_byte(objective, tmp_path, call, monkeypatch):
-    straight, broken = (command(tmp_path / name, "--save-every", 2, objective=objective, updates=5) for name in ("straight", "broken"))
+@pytest.mark.parametrize("objective, more", [*((objective, ()) for objective in ADAPTER), ("recall", ("--dropout", 0.3))])
+def test_a_resumed_arm_is_the_uninterrupted_one_byte_for_byte(objective, more, tmp_path, call, monkeypatch):
+    straight, broken = (command(tmp_path / name, "--save-every", 2, *more, objective=objective, updates=5) for name in ("straight", "broken"))
     assert call(straight)[0] == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, objective, 4)  # the third update is done, the checkpoint is of the second
@@ -482,6 +482,26 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_arm_stays(tmp_pa
     code, out, _ = call([*command(tmp_path), "--resume"])
     assert code == 0 and "already trained for 4 updates" in out
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
+
+
+def test_dropout_is_of_training_alone(tmp_path, call):
+    """It changes what is trained, and what is saved answers without it."""
+    for share in (0, 0.5):
+        call(command(tmp_path / str(share), "--dropout", share, updates=2))
+    plain, dropped = (load_file(tmp_path / share / "a/adapter.safetensors") for share in ("0", "0.5"))
+    assert any((plain[name] != dropped[name]).any() for name in plain)
+    loaded = load_model("tiny-llama")
+    ttt, _ = load_adapter(tmp_path / "0.5/a", loaded)
+    strengthen(ttt)
+    batch = conversations()
+    with torch.no_grad():
+        answered, again = (recall_step(loaded, ttt, batch, CPU).loss for _ in range(2))
+        ttt.drop(0.5)
+        dropped, otherwise = (recall_step(loaded, ttt, batch, CPU).loss for _ in range(2))
+        ttt.drop(0.0)
+        back = recall_step(loaded, ttt, batch, CPU).loss
+    ttt.detach()
+    assert answered == again == back and dropped != otherwise
 
 
 def test_weight_decay_draws_the_trained_tensors_to_zero(tmp_path, call):
