@@ -25,7 +25,7 @@ from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import read_manifest
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
-from training_data import Batch, Example, pack
+from training_data import CALM_EVERY, FOREIGN_EVERY, Batch, Example, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_a_trained_arm_has_a_log_a_manifest_and_an_adapter_that_loads(name, tmp_
     assert code == 0 and "the base is unchanged" in out and "run_experiment.py" in out
     assert [row["update"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert set(row) == LOG_FIELDS | AID_FIELDS | ({"calm"} if row["update"] % 4 == 1 else set()) | ({"foreign"} if row["update"] % 2 else set())
+        assert set(row) == LOG_FIELDS | AID_FIELDS | ({"calm"} if row["update"] % CALM_EVERY == 1 else set()) | ({"foreign"} if row["update"] % FOREIGN_EVERY == 1 else set())
         assert all(math.isfinite(v) for value in row.values() for v in (value if isinstance(value, list) else [value]))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["update_norm"] > 0 and row["tokens_per_s"] > 0 and 0 <= row["token_accuracy"] <= 1
     assert manifest["updates"] == 4 and manifest["objective"] == "recall" and manifest["frozen"] is True and manifest["model"] == name
