@@ -80,7 +80,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
-        torch.manual_seed(arguments.seed + update)  # a resumed run drops what an uninterrupted one would
+        torch.manual_seed(arguments.seed * arguments.updates + update)  # a resumed run drops what an uninterrupted one would
         result = step(loaded, ttt, batch, device)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
