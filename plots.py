@@ -109,15 +109,24 @@ def em_by_condition(report):
     return figure
 
 
-def shared_legend(figure, axes):
-    """One legend for all panels, below them."""
+def label_order(label):
+    return condition_order(label.split(" ")[0])
+
+
+def line_style(index):
+    """Colour and dash of the line with this number: dashed once the colours are used up."""
+    return {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
+
+
+def shared_legend(figure, axes, key=label_order, **options):
+    """One legend for all panels, below them, sorted by the key of a label (None: by the label)."""
     entries = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             entries.setdefault(label, handle)
-    labels = sorted(entries, key=label_order)
-    figure.legend([entries[label] for label in labels], labels, loc="outside lower center",
-                  ncols=min(len(labels), int(figure.get_figwidth() // 2)))
+    labels = sorted(entries, key=key)
+    options = {"ncols": min(len(labels), int(figure.get_figwidth() // 2))} | options
+    figure.legend([entries[label] for label in labels], labels, loc="outside lower center", **options)
 
 
 def pooled_cells(arm, lang, field):
@@ -144,10 +153,6 @@ def category_heatmap(report):
         ax.set_title(panel_title(arm, lang))
     figure.colorbar(image, ax=list(axes), label="exact match", fraction=0.03, pad=0.01)
     return figure
-
-
-def label_order(label):
-    return condition_order(label.split(" ")[0])
 
 
 def annotate(ax, table, columns):
@@ -187,9 +192,8 @@ def position_line(ax, name, cells, order):
     offset = 0.5 * (order.index(name) - (len(order) - 1) / 2) / len(order)
     places = [place for place in POSITIONS if place in cells]
     ax.errorbar([POSITIONS.index(place) + offset for place in places], [cells[place]["em"] for place in places],
-                error_bars([cells[place] for place in places]), color=COLORS[index % len(COLORS)],
-                marker=MARKERS[index % len(MARKERS)], linestyle="-" if index < len(COLORS) else "--",
-                markersize=4, linewidth=1, capsize=2, label=name)
+                error_bars([cells[place] for place in places]), marker=MARKERS[index % len(MARKERS)],
+                markersize=4, linewidth=1, capsize=2, label=name, **line_style(index))
 
 
 def b_vs_d(report):
@@ -217,27 +221,26 @@ def b_vs_d(report):
 
 def memory_curves(report):
     """Exact match against what one memory has to hold and what is kept of it, a line per arm and language."""
-    curves = [(what, level, steps, drawn) for what, level, steps in CURVES
-              for drawn in [[(arm, lang, points) for arm, lang in panels_of(report) for points in [curve_points(arm, lang, level, steps)] if len(points) > 1]]
-              if drawn]
+    lines = [[(arm, lang, points) for arm, lang in panels_of(report) for points in [curve_points(arm, lang, level, steps)]
+              if len(points) > 1] for _, level, steps in CURVES]
+    curves = [(*curve, drawn) for curve, drawn in zip(CURVES, lines) if drawn]
     if not curves:
         return None
     everybody = list(dict.fromkeys((arm["model"], arm["arm"], lang) for *_, drawn in curves for arm, lang, _ in drawn))
     figure = Figure(figsize=(3.9 * max(2, len(curves)), 4.2 + 0.11 * len(everybody)))
     figure.suptitle("Exact match against what a memory holds and keeps (bars: 95% bootstrap over conversations)")
-    labels = {}
-    for ax, (what, level, steps, drawn) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for ax, (what, level, steps, drawn) in zip(axes, curves):
         for arm, lang, points in drawn:
             index = everybody.index((arm["model"], arm["arm"], lang))  # the same colour in every panel
-            line = ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
-                               color=COLORS[index % len(COLORS)], linestyle="-" if index < len(COLORS) else "--", markersize=4, linewidth=1, capsize=2)
-            labels[f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]}"] = line
+            ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
+                        markersize=4, linewidth=1, capsize=2, label=f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]}", **line_style(index))
         em_axis(ax)
         ax.set_xticks(range(len(steps)), [label for label, _ in steps])
         ax.set_xlim(-0.4, len(steps) - 0.6)
         ax.set_xlabel(what)
         ax.set_title(f"level {level} (n = {span([cell['n'] for *_, points in drawn for cell in points.values()])})")
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=2, fontsize=8)
+    shared_legend(figure, axes, key=None, ncols=2, fontsize=8)
     return figure
 
 
@@ -257,7 +260,7 @@ def training_curve(curves):
         for index, (name, rows) in enumerate(curves.items()):
             updates = np.array([row["update"] for row in rows])
             values = np.array([row.get("answers", row[field]) if field == "loss" else row[field] for row in rows], dtype=float)
-            style = {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
+            style = line_style(index)
             width = max(1, len(rows) // 50)
             if width > 1:
                 ax.plot(updates, values, color=style["color"], linewidth=0.6, alpha=0.25)

@@ -163,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {LR})")
     how.add_argument("--warmup", type=int, default=50, help="updates of linear warm-up (default: %(default)s)")
     how.add_argument("--clip", type=float, default=1.0, help="gradient norm is cut to this (default: %(default)s)")
-    how.add_argument("--dropout", type=float, default=0.0, help="share of what side streams gather that is dropped (default: %(default)s)")
+    how.add_argument("--dropout", type=float, default=0.0, help="share dropped of what the blocks of the side streams add (default: %(default)s)")
     how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, of every trained tensor (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the data and the initial adapter (default: %(default)s)")
     how.add_argument("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
@@ -250,6 +250,8 @@ def main() -> None:
     arguments = parse_arguments()
     row = arguments.row
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
+    if arguments.dropout and not (config and config.deep):
+        raise UserError(f"--dropout {arguments.dropout:g}: this arm has no side streams to drop from; add --deep, or leave it out")
     folder = Path(arguments.out) / arguments.arm
     if (folder / "manifest.json").exists() and not arguments.resume:
         raise UserError(f"{folder}: already holds a trained arm; add --resume, name another --arm, or remove the folder")
@@ -263,8 +265,6 @@ def main() -> None:
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()
     if arguments.dropout:
-        if not (config and config.deep):
-            raise UserError(f"--dropout {arguments.dropout:g}: this arm has no side streams to drop from; add --deep, or leave it out")
         arm.ttt.drop(arguments.dropout)
     # a LoRA learns at its own rate beside the fast weights
     optimizer = torch.optim.AdamW([{"params": [p], "share": LR["context"] / LR["recall"] if arguments.joint and name.startswith("lora.") else 1.0}

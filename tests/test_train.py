@@ -25,7 +25,7 @@ from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import read_manifest
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
-from training_data import CALM_EVERY, FOREIGN_EVERY, Batch, Example, pack
+from training_data import Batch, Example, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_a_trained_arm_has_a_log_a_manifest_and_an_adapter_that_loads(name, tmp_
     assert code == 0 and "the base is unchanged" in out and "run_experiment.py" in out
     assert [row["update"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert set(row) == LOG_FIELDS | AID_FIELDS | ({"calm"} if row["update"] % CALM_EVERY == 1 else set()) | ({"foreign"} if row["update"] % FOREIGN_EVERY == 1 else set())
+        assert set(row) == LOG_FIELDS | AID_FIELDS | ({"calm"} if row["update"] % 8 == 1 else set()) | ({"foreign"} if row["update"] % 4 == 1 else set())
         assert all(math.isfinite(v) for value in row.values() for v in (value if isinstance(value, list) else [value]))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["update_norm"] > 0 and row["tokens_per_s"] > 0 and 0 <= row["token_accuracy"] <= 1
     assert manifest["updates"] == 4 and manifest["objective"] == "recall" and manifest["frozen"] is True and manifest["model"] == name
@@ -580,11 +580,12 @@ def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     assert manifest["lora"] == (None if config else arms.LORA) and manifest["data"] == arguments.data
 
 
-@pytest.mark.parametrize("memory, ceiling", [("smollm2-deep", "smollm2-tuned"), ("qwen-deep", "qwen-tuned")])
-def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(memory, ceiling):
+@pytest.mark.parametrize("memory, ceiling, more", [("smollm2-deep", "smollm2-tuned", ()),  # a docstring of the bank differs (DECISIONS.md, 43)
+                                                   ("qwen-deep", "qwen-tuned", ("data_sha256",))])
+def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(memory, ceiling, more):
     """It reads what is in front of it and needs fewer examples: of what its loss falls in all, the last quarter of the updates brings under 4%."""
     one, other = [json.loads((ROOT / f"checkpoints/{arm}/manifest.json").read_text(encoding="utf-8")) for arm in (memory, ceiling)]
-    for field in ("data", "langs", "seed", "model_sha256"):
+    for field in ("data", "langs", "seed", "model_sha256", *more):
         assert one[field] == other[field], field
     losses = [row["loss"] for row in log_rows(ROOT / "checkpoints" / ceiling)]
     assert len(losses) == other["updates"]

@@ -195,7 +195,7 @@ def test_the_size_of_a_memory_is_drawn_and_every_second_group_holds_prose():
         assert all(is_chinese(example.written) == bool(i // batch.group % 2) for i, example in enumerate(batch.examples))
         assert {is_chinese(batch.examples[i].written) for i in silent} == ({False, True} if silent else set())
         assert all(not any(example.worth) and not example.addresses for example in batch.examples if not example.pairs)
-        assert bool(batch.calm) == (update % training_data.CALM_EVERY == 0)
+        assert bool(batch.calm) == (update % 8 == 0)
     assert sizes == {1, 2, 4}
 
 
@@ -204,7 +204,7 @@ def test_a_memory_and_its_foreign_questions_are_on_the_same_topics(monkeypatch):
     monkeypatch.setattr(BankDataset, "example", lambda self, rng, lang, shown, prose, topics, probes=None:
                         (drawn.append((lang, topics)), example(self, rng, lang, shown, prose, topics, probes))[1])
     dataset, narrow = BankDataset(TOKENIZER, ("en", "zh"), 60, 16, 4, 0, shown=False, groups=(1, 4), foreign=True), []
-    for update in range(32, 60, training_data.FOREIGN_EVERY):
+    for update in range(32, 60, 4):
         drawn.clear()
         batch = dataset[update]
         written, foreign = drawn[:16], drawn[16:]
@@ -222,7 +222,7 @@ def test_foreign_rows_ask_about_what_no_memory_holds():
     shown = []
     for update in range(0, 60):
         batch = dataset[update]
-        assert bool(batch.foreign) == (update % training_data.FOREIGN_EVERY == 0)
+        assert bool(batch.foreign) == (update % 4 == 0)
         for i, example in enumerate(batch.foreign):
             written = TOKENIZER.decode(batch.examples[i * batch.group].written)
             prompt, questions = TOKENIZER.decode(example.prefix), [TOKENIZER.decode(q) for q, _ in example.pairs]
