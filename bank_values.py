@@ -148,6 +148,9 @@ class Bank:
         for field in ("subject", "value"):
             if relation[field] not in self.content["kinds"]:
                 raise BankError(f"{where}: {field} {relation[field]!r} is no kind; add it to kinds")
+        phrases = relation.get("as_subject", [])
+        if phrases and self.content["possessive"] and not any(phrase.startswith("{s}") for phrase in phrases):
+            raise BankError(f"{where}: no as_subject phrase starts with {{s}}, and some questions take no other; add one")
         for field in FORM_FIELDS:
             forms = relation.get(field, [])
             if len(forms) == 1 or (not forms and field in ("statements", "questions")):

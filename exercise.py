@@ -97,14 +97,13 @@ def main() -> None:
 
 
 def report(arguments, loaded: Loaded, config, state, table, reason: str) -> None:
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    print(f"{loaded.row.name}: {parameters / 1e9:.2f}B parameters, random weights, {reason}; TTT layers {list(config.layers)}")
+    print(f"{loaded.row.name}: {loaded.parameters / 1e9:.2f}B parameters, random weights, {reason}; TTT layers {list(config.layers)}")
     for name, seconds, peak in table:
         print(f"  {name:55s} {seconds:9.3f} s   peak {'-' if peak is None else f'{peak:.1f} GB'}")
     per_memory = state["memory"].nbytes() / CONVERSATIONS
     print(f"  memory of one conversation: {per_memory / 1e6:.2f} MB\n  not scored: the weights are random")
     write_json(Path(arguments.out) / f"{loaded.row.name}.json", {
-        "model": loaded.row.name, "weights": "random", "scored": False, "parameters": parameters, "ttt": config.to_dict(),
+        "model": loaded.row.name, "weights": "random", "scored": False, "parameters": loaded.parameters, "ttt": config.to_dict(),
         "stages": [{"stage": n, "seconds": round(s, 4), "peak_gb": p and round(p, 2)} for n, s, p in table],
         "bytes_per_memory": int(per_memory), "device": reason, **provenance()})
 

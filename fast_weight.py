@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -88,16 +89,14 @@ class TTTConfig:
         return asdict(self) | {"layers": list(self.layers)}
 
 
-@dataclass
-class Slots:
-    """What a text would leave in one layer, token by token: keys [B, S, F] (or codes, see memory.py), contents [B, S, D], weights
-    [B, S] (0: nothing). worth [B, S]: the gate's logit, None without a gate. A leading dimension of layers may stand before B.
+class Slots(NamedTuple):
+    """Under what and how strongly a text would be written in one layer, token by token: keys [B, S, F] (or codes, see memory.py),
+    weights [B, S] (0: nothing). worth [B, S]: the gate's logit, 0 without a gate. A leading dimension of layers may stand before B.
     """
 
     keys: torch.Tensor
-    contents: torch.Tensor
     weights: torch.Tensor
-    worth: torch.Tensor | None = None
+    worth: torch.Tensor
 
 
 class FastWeight(nn.Module):
@@ -164,32 +163,35 @@ class FastWeight(nn.Module):
 
     # ---- writing ----
 
-    def forward(self, held, bias_BHSS: torch.Tensor | None = None, around_BSZ: torch.Tensor | None = None) -> Slots:
-        """As `slots`; what torch.func calls."""
-        return self.slots(held, bias_BHSS, around_BSZ)
+    def forward(self, method: str, *arguments, **named):
+        """The method of that name: what torch.func calls with the numbers of a layer."""
+        return getattr(self, method)(*arguments, **named)
 
     def slots(self, held, bias_BHSS: torch.Tensor | None = None, around_BSZ: torch.Tensor | None = None) -> Slots:
-        """What the held tokens would leave (held: in_place_ttt.Pending). Nothing comes from pads, and nothing over a chunk border.
+        """Where the held tokens would be written (held: sessions.Pending). Pads have weight 0.
 
         bias: `write_bias` of the held tokens, where the caller has it. around: what the write stream says of them, where deep.
         """
-        x_BSD, chunk_BS = self.scaled(held.x), chunk_of(held.position, self.config.chunk)
-        informed = x_BSD
+        informed = x_BSD = self.scaled(held.x)
         if self.config.write_attention:
             if not self.config.deep:
                 bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
                 around_BSZ, _ = look(x_BSD @ self.key_attend, bias_BHSS)
             informed = beside(x_BSD, around_BSZ)
         strength_BS, worth_BS = self.strength(informed)
-        return Slots(self.key(informed, held.h), self.contents(held, x_BSD, chunk_BS), strength_BS * held.real, worth_BS)
+        return Slots(self.key(informed, held.h), strength_BS * held.real, worth_BS)
 
-    def contents(self, held, x_BSD: torch.Tensor, chunk_BS: torch.Tensor) -> torch.Tensor:
-        """u t P, [B, S, D]: what each token has to say, before its strength."""
-        source_BSD = x_BSD if self.config.target == "hidden_states" else self.scaled(held.source)
-        content_BSD = self.project(convolve(source_BSD, self.conv, held.real, chunk_BS), "proj")
+    def contents(self, held, column_BC: torch.Tensor | None = None) -> torch.Tensor:
+        """u t P of the held tokens at these columns (None: of all), [B, C, D]: what each has to say, before its strength.
+
+        Nothing comes over a chunk border.
+        """
+        chunk_BS = chunk_of(held.position, self.config.chunk)
+        taps = lambda x, conv: convolve(self.scaled(x), conv, held.real, chunk_BS, column_BC)
+        content_BCD = self.project(taps(held.x if self.config.target == "hidden_states" else held.source, self.conv), "proj")
         if self.config.target == "both":
-            content_BSD = content_BSD + self.project(convolve(x_BSD, self.conv_x, held.real, chunk_BS), "proj_x")
-        return self.value_unit * content_BSD
+            content_BCD = content_BCD + self.project(taps(held.x, self.conv_x), "proj_x")
+        return self.value_unit * content_BCD
 
     def project(self, target_BSD: torch.Tensor, name: str) -> torch.Tensor:
         """t P with the P of that name."""
@@ -207,10 +209,10 @@ class FastWeight(nn.Module):
         x = x.to(self.conv.dtype)
         return unit_rms(x) if self.config.unit_targets else x
 
-    def strength(self, informed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def strength(self, informed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(eta times the write gate, its logit), one number a token: [..., D + Z] -> [...]."""
         if not self.config.gate:
-            return torch.full_like(informed[..., 0], self.config.eta), None
+            return torch.full_like(informed[..., 0], self.config.eta), torch.zeros_like(informed[..., 0])
         worth = informed @ self.gate + self.gate_bias
         if self.config.sparse:  # stretched over [0, 1] and cut: exact zeros (Louizos et al. 2018, hard concrete, without noise)
             shut = self.config.shut_below
@@ -319,21 +321,27 @@ def code_sizes(feed_forward: int) -> tuple[int, int]:
     return first, feed_forward // first
 
 
-def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, chunk_BS: torch.Tensor) -> torch.Tensor:
-    """Depthwise symmetric conv over each row's real tokens, never across a chunk border, [B, S, D]; 0 at pads' columns or not
-    does not matter, because a pad has no weight.
+def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, chunk_BS: torch.Tensor,
+             column_BC: torch.Tensor | None = None) -> torch.Tensor:
+    """Depthwise symmetric conv over each row's real tokens, never across a chunk border, at these columns, [B, C, D] (None: at all);
+    0 at pads' columns or not does not matter, because a pad has no weight.
 
     Neighbours are counted in tokens, not columns: rows are first moved to the left end, so pads anywhere do not matter.
     """
-    column_BS = leading(mask_BS, mask_BS.shape[1])  # real tokens in order, then the pads
-    left_BSD = pick_columns(x_BSD, column_BS)
+    order_BS = leading(mask_BS, mask_BS.shape[1])  # real tokens in order, then the pads
+    place_BS = order_BS.argsort(dim=1)
     # pads belong to no chunk
-    chunk_BS = torch.where(mask_BS, chunk_BS, -1).gather(1, column_BS)
+    chunk_BS = torch.where(mask_BS, chunk_BS, -1).gather(1, order_BS)
     reach, width = conv_DK.shape[1] // 2, x_BSD.shape[1]
-    padded_BSD, padded_BS = pad(left_BSD, (0, 0, reach, reach)), pad(chunk_BS, (reach, reach), value=-1)
-    target_BSD = sum(padded_BSD[:, k:k + width] * (padded_BS[:, k:k + width] == chunk_BS).unsqueeze(-1) * conv_DK[:, k]
-                     for k in range(conv_DK.shape[1]))
-    return pick_columns(target_BSD, column_BS.argsort(dim=1))
+    padded_BSD, padded_BS = pad(pick_columns(x_BSD, order_BS), (0, 0, reach, reach)), pad(chunk_BS, (reach, reach), value=-1)
+    if column_BC is None:
+        tap = lambda t, k: t[:, k:k + width]
+    else:
+        place_BC = place_BS.gather(1, column_BC)
+        tap = lambda t, k: pick_columns(t, place_BC + k)
+    own_BC = tap(padded_BS, reach)
+    target_BCD = sum(tap(padded_BSD, k) * (tap(padded_BS, k) == own_BC).unsqueeze(-1) * conv_DK[:, k] for k in range(conv_DK.shape[1]))
+    return pick_columns(target_BCD, place_BS) if column_BC is None else target_BCD
 
 
 def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:

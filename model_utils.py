@@ -148,6 +148,11 @@ class Loaded:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model, tied ones once; of the base as long as no LoRA is on it."""
+        return sum(p.numel() for p in self.model.parameters())
+
 
 def pick_device(device: str, dtype: str, row: ModelRow, training: bool = False) -> tuple[torch.device, torch.dtype, str]:
     """Resolve "auto" in one place, with the reason.
@@ -355,8 +360,7 @@ def main() -> None:
             print(f"{row.name:20s} {origin:58s} {'+'.join(row.langs):6s} {row.licence}")
         return
     loaded = load_model(arguments.model)
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    print(f"{loaded.row.name}: {parameters / 1e6:.1f}M parameters from {loaded.source}, sha256 {loaded.sha256}")
+    print(f"{loaded.row.name}: {loaded.parameters / 1e6:.1f}M parameters from {loaded.source}, sha256 {loaded.sha256}")
 
 
 if __name__ == "__main__":

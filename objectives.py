@@ -21,7 +21,7 @@ from decoding import attention_kinds, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory, meets
 from model_utils import Loaded
-from training_data import IGNORE, NOWHERE, Batch, Packed, columns, pack
+from training_data import IGNORE, NOWHERE, Batch, Example, Packed, columns, pack
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 RIVALS = 8          # neighbouring conversations, at most, among whose tokens an address is to be found
@@ -65,12 +65,11 @@ def answer_logits(loaded: Loaded, packed: Packed) -> torch.Tensor:
     return loaded.model.get_output_embeddings()(hidden[:, :-1][packed.labels[:, 1:] != IGNORE]).float()
 
 
-def answer_loss(loaded: Loaded, packed: Packed) -> Step:
-    """Cross-entropy of the answers."""
-    logits, labels = answer_logits(loaded, packed), packed.labels[:, 1:]
-    wanted = labels[labels != IGNORE]
-    right = (logits.argmax(-1) == wanted).sum()
-    return Step(cross_entropy(logits, wanted), wanted.numel(), right, packed.ids.numel())
+def judged(logits_MV: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Step:
+    """Cross-entropy of the answers whose logits these are."""
+    wanted = labels_BT[:, 1:][labels_BT[:, 1:] != IGNORE]
+    right = (logits_MV.argmax(-1) == wanted).sum()
+    return Step(cross_entropy(logits_MV, wanted), wanted.numel(), right, tokens)
 
 
 def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS, joint: bool = False) -> Step:
@@ -82,27 +81,44 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
         writer.expect(mask)
         loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory(batch.group)
-    packed = pack(batch.examples, pad_id, device)
-    asks = torch.zeros_like(packed.labels, dtype=torch.bool)  # the positions that predict an answer token
-    asks[:, :-1] = packed.labels[:, 1:] != IGNORE
-    with ttt.read(memory, watch_BL=asks if ttt.config.codes else None) as reader:
+    # what is not to change is read in the same forward as the questions: a small base's update is bound by the number of calls
+    rows, others = len(batch.examples), [*batch.foreign, *batch.calm]
+    packed = pack(batch.examples + others, pad_id, device)
+    served = memory.select([i // batch.group for i in range(rows)] + [*range(len(batch.foreign)), *range(len(batch.calm))]) if others else memory
+    asks = torch.zeros_like(packed.labels, dtype=torch.bool)  # the positions that predict an answer token of what is written
+    asks[:rows, :-1] = packed.labels[:rows, 1:] != IGNORE
+    with ttt.read(served, watch_BL=asks if ttt.config.codes else None) as reader:
         reader.expect(torch.ones_like(packed.ids), packed.position, packed.question)
-        answered = answer_loss(loaded, packed)
+        logits_MV = answer_logits(loaded, packed)
+    asked = answer_tokens(batch.examples)
+    answered = judged(logits_MV[:asked], packed.labels[:rows], packed.ids.numel())
     loss, measures = answered.loss, {}
     if ttt.config.codes:
         aids = {"address": address_loss(writer.slots.keys, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, next(iter(memory.layers.values())).sizes, measures)}
         if ttt.config.gate:
             worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
             aids["worth"] = worth_loss(writer.slots.worth, worth, mask, measures)
-        if batch.calm:
-            aids["calm"] = calm_loss(loaded, ttt, memory, batch.calm, device)
-        if batch.foreign:
-            aids["foreign"] = foreign_loss(loaded, ttt, memory, pack(batch.foreign, pad_id, device))
+        if others:
+            aids |= changes(loaded, logits_MV[asked:], batch, pad_id, device)
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
-    untouched = sum(map(len, batch.calm)) + sum(example.prompt_tokens for example in batch.foreign)
-    tokens = answered.tokens + ids.numel() + 2 * untouched  # what must not change is read twice
+    tokens = answered.tokens + ids.numel() + sum(example.prompt_tokens for example in others)  # these are read without a memory too
     return Step(loss, answered.labels, answered.right, tokens, memory, measures)
+
+
+def answer_tokens(examples: list[Example]) -> int:
+    return sum(len(answer) for example in examples for _, answer in example.pairs)
+
+
+def changes(loaded: Loaded, attached_MV: torch.Tensor, batch: Batch, pad_id: int, device) -> dict[str, torch.Tensor]:
+    """Kullback-Leibler divergence, mean over the tokens, of what the foreign and the calm rows' answer tokens are predicted as without
+    a memory from the logits with one attached."""
+    kinds = {name: rows for name, rows in (("foreign", batch.foreign), ("calm", batch.calm)) if rows}
+    with torch.no_grad():
+        without_MV = log_softmax(answer_logits(loaded, pack([*batch.foreign, *batch.calm], pad_id, device)), -1)
+    counts = [answer_tokens(rows) for rows in kinds.values()]
+    return {name: kl_div(log_softmax(attached, -1), without, reduction="batchmean", log_target=True)
+            for name, attached, without in zip(kinds, attached_MV.split(counts), without_MV.split(counts))}
 
 
 def address_loss(key_YBSK: torch.Tensor, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, sizes, measures: dict) -> torch.Tensor:
@@ -144,33 +160,6 @@ def worth_loss(logit_YBS: torch.Tensor, worth_BS: torch.Tensor, mask_BS: torch.T
     return binary_cross_entropy_with_logits(judged, wanted.expand_as(judged), pos_weight=judged.new_tensor(WORTHY))
 
 
-def calm_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, rows: list[list[int]], device) -> torch.Tensor:
-    """KL of the next-token distributions on unrelated prose with a memory attached from those without."""
-    ids, mask = pad_right(rows, loaded.tokenizer.pad_token_id, device)
-    decoder, head = loaded.model.get_decoder(), loaded.model.get_output_embeddings()
-    logs = lambda: log_softmax(head(decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]).float(), -1)
-    return change_of(logs, ttt, memory, mask)
-
-
-def foreign_loss(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, packed: Packed) -> torch.Tensor:
-    """KL of the answer tokens' distributions with a memory that knows nothing of them attached from those without."""
-    logs = lambda: log_softmax(answer_logits(loaded, packed), -1)
-    return change_of(logs, ttt, memory, torch.ones_like(packed.ids), packed.position, packed.question)
-
-
-def change_of(logs, ttt: InPlaceTTT, memory: Memory, mask_BL: torch.Tensor, *packing) -> torch.Tensor:
-    """KL of the log-probabilities [M, V] that logs() gives with a memory attached from those without; row i reads memory i.
-
-    mask and packing: what the reader is told of the B rows (Reader.expect).
-    """
-    with torch.no_grad():
-        without = logs()
-    with ttt.read(memory.select(list(range(len(mask_BL))))) as reader:
-        reader.expect(mask_BL, *packing)
-        attached = logs()
-    return kl_div(attached, without, reduction="batchmean", log_target=True)
-
-
 def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> Step:
     """Next-token loss while the text is written chunk by chunk and attention sees all of it."""
     ids, mask = pad_right(batch, loaded.tokenizer.pad_token_id, device)
@@ -187,7 +176,8 @@ def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> 
 
 def context_step(loaded: Loaded, ttt: None, batch: Batch, device) -> Step:
     """Answer with the conversation in the prompt; a LoRA on the base learns to."""
-    return answer_loss(loaded, pack(batch.examples, loaded.tokenizer.pad_token_id, device))
+    packed = pack(batch.examples, loaded.tokenizer.pad_token_id, device)
+    return judged(answer_logits(loaded, packed), packed.labels, packed.ids.numel())
 
 
 OBJECTIVES = {"recall": recall_step, "lm": lm_step, "context": context_step}

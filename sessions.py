@@ -163,7 +163,7 @@ class Writer:
         if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
             return fast.read(self.start.layers[index], new.x, new.h) if start else None
         query_BLF, slots = fast.query(new.x, new.h), fast.slots(held)
-        value_BSD = slots.contents * (slots.weights * held.fresh).unsqueeze(-1)
+        value_BSD = fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1)
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
         score_BLS = meets(query_BLF, slots.keys, fast.sizes).to(value_BSD.dtype) * visible_BLS
         share_BLD = score_BLS @ value_BSD
@@ -192,7 +192,7 @@ class Writer:
     def _sum(self, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
         """Hebbian: the outer products of the chosen tokens."""
         slots = fast.slots(held)
-        value_BSD = slots.contents * (slots.weights * chosen_BS).unsqueeze(-1)
+        value_BSD = fast.contents(held) * (slots.weights * chosen_BS).unsqueeze(-1)
         update = LayerMemory.factored(slots.keys, value_BSD, sizes=fast.sizes)
         return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
@@ -202,42 +202,40 @@ class Writer:
         before_BSZ = stream.begin(fast.scaled(held.source)) if before_BSZ is None else before_BSZ
         return stream(index, before_BSZ, fast.scaled(held.x), write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
 
-    def _all_slots(self) -> Slots:
-        """The slots of every layer's held tokens, [layers, B, ...], in one batched pass: the layers differ in their numbers only."""
-        config, fasts = self.owner.config, [self.owner.fast[str(index)] for index in self.pending]
-        helds = list(self.pending.values())
-        bias_BHSS = write_bias(helds[0], config)  # of the tokens, so alike in all layers
+    def _of_layers(self, method: str, alike: dict, by_layer: dict):
+        """What the FastWeights' method gives for the held tokens, for all layers in one batched pass: they differ in their numbers only.
+
+        alike and by_layer: the method's other arguments, one for all layers or with the layers as first dimension; so are the results.
+        """
+        config, fasts, helds = self.owner.config, [self.owner.fast[str(index)] for index in self.pending], list(self.pending.values())
         tensors = [dict(fast.named_parameters()) | dict(fast.named_buffers()) for fast in fasts]
         numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
         stacked = lambda name: torch.stack([getattr(held, name) for held in helds])
         x = stacked("x")
-        inputs = {"x": x, "h": x if config.codes else stacked("h")}
-        if config.target == "hidden_states":
-            inputs["source"] = x
-        if config.deep:
-            states = [None]
-            for index, held in self.pending.items():
-                states.append(self._stream(index, states[-1], held, bias_BHSS))
-            inputs["around"] = unit_rms(torch.stack(states[1:]))
-
-        def slots(numbers, inputs):
-            around = inputs.pop("around", None)
-            made = torch.func.functional_call(fasts[0], numbers, (replace(helds[0], **inputs), bias_BHSS, around))
-            return (made.keys, made.contents, made.weights) + ((made.worth,) if config.gate else ())
-
+        inputs = {"x": x, "h": x if config.codes else stacked("h")} | ({"source": x} if config.target == "hidden_states" else {})
+        of_one = lambda numbers, inputs, own: torch.func.functional_call(fasts[0], numbers, (method, replace(helds[0], **inputs)), alike | own)
         # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
-        return Slots(*torch.vmap(slots, chunk_size=None if self.differentiable else 1)(numbers, inputs))
+        return torch.vmap(of_one, chunk_size=None if self.differentiable else 1)(numbers, inputs, by_layer)
 
     def _flush(self, group: int) -> dict[int, LayerMemory]:
         """What the tokens still held add to each layer."""
-        config, slots = self.owner.config, self._all_slots()
+        config, held = self.owner.config, next(iter(self.pending.values()))
+        bias_BHSS = write_bias(held, config)  # of the tokens, so alike in all layers
+        around, at = {}, {}
+        if config.deep:
+            states = [None]
+            for index, one in self.pending.items():
+                states.append(self._stream(index, states[-1], one, bias_BHSS))
+            around = {"around_BSZ": unit_rms(torch.stack(states[1:]))}
+        slots = self._of_layers("slots", {"bias_BHSS": bias_BHSS}, around)
         self.slots = slots if self.differentiable else None
-        fresh_BS = next(iter(self.pending.values())).fresh
-        weights, keys, contents = slots.weights * fresh_BS, slots.keys, slots.contents
+        weights, keys = slots.weights * held.fresh, slots.keys
         if config.sparse:  # what has no strength leaves no slot, nor a row in the solve; there is no gradient through it either
             width = max(1, int((weights > 0).sum(-1).max()))
-            column_NS = leading((weights > 0).flatten(0, 1), width)
-            keys, contents, weights = (pick_columns(t.flatten(0, 1), column_NS).unflatten(0, t.shape[:2]) for t in (keys, contents, weights))
+            column_NC = leading((weights > 0).flatten(0, 1), width)
+            keys, weights = (pick_columns(t.flatten(0, 1), column_NC).unflatten(0, t.shape[:2]) for t in (keys, weights))
+            at = {"column_BC": column_NC.unflatten(0, slots.weights.shape[:2])}
+        contents = self._of_layers("contents", {}, at)
         side_by_side = lambda t: t.unflatten(1, (-1, group)).flatten(2, 3)
         keys, contents, weights = (side_by_side(t) for t in (keys, contents, weights))
         of_layers = lambda values: {index: LayerMemory.factored(k, v, sizes=self.owner.fast[str(index)].sizes)

@@ -71,7 +71,8 @@ def check_course(losses: list[float], update: int) -> None:
 
 
 def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses, log, save) -> None:
-    """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones and the last."""
+    """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones, each of --snapshots and
+    the last."""
     device, step, started = loaded.device, make_step(arguments), time.time()
     bar = tqdm(batches(dataset, arguments.workers, start=len(losses)), total=arguments.updates, initial=len(losses),
                desc=arguments.arm, unit="update")
@@ -96,7 +97,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses
         measured |= {name: t.tolist() for name, t in result.measures.items()}
         log.write(json.dumps({k: rounded(v) for k, v in measured.items()}, allow_nan=False) + "\n")
         bar.set_postfix_str(progress(measured))
-        if (update + 1) % arguments.save_every == 0 or update + 1 == arguments.updates:
+        if (update + 1) % arguments.save_every == 0 or update + 1 in (arguments.updates, *arguments.snapshots):
             log.flush()
             save(update + 1)
 
@@ -167,6 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, of every trained tensor (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the data and the initial adapter (default: %(default)s)")
     how.add_argument("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
+    how.add_argument("--snapshots", default="", metavar="N,N", help="also keep the arm as it stands after so many updates, as arms NAME-at-N beside it")
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint; an arm that is finished stays as it is")
     run = parser.add_argument_group("where it runs")
     run.add_argument("--out", default="checkpoints", help="folder of the checkpoint folders (default: %(default)s)")
@@ -191,10 +193,18 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--weight-decay {arguments.weight_decay:g}: use 0 or more")
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout:g}: use a share from 0 to below 1")
+    arguments.snapshots = parse_snapshots(arguments)
     for name, least in {"conversations": 1, "probes": 1, "updates": 1, "save_every": 1, "workers": 0, "warmup": 0}.items():
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use {least} or more")
     return arguments
+
+
+def parse_snapshots(arguments) -> tuple[int, ...]:
+    parts = arguments.snapshots.split(",") if arguments.snapshots else []
+    if not all(part.isdecimal() and 0 < int(part) < arguments.updates for part in parts):
+        raise UserError(f"--snapshots {arguments.snapshots}: give numbers of updates below --updates {arguments.updates}, such as 100,400")
+    return tuple(map(int, parts))
 
 
 def ttt_config(arguments, row):
@@ -255,6 +265,9 @@ def main() -> None:
     folder = Path(arguments.out) / arguments.arm
     if (folder / "manifest.json").exists() and not arguments.resume:
         raise UserError(f"{folder}: already holds a trained arm; add --resume, name another --arm, or remove the folder")
+    for aside in (folder.with_name(f"{arguments.arm}-at-{n}") for n in arguments.snapshots):
+        if (aside / "manifest.json").exists() and not arguments.resume:
+            raise UserError(f"{aside}: already holds a snapshot; name another --arm, or remove the folder")
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row, training=True)
     print(f"{arguments.arm}: {row.name} on {reason}")
     torch.manual_seed(arguments.seed)
@@ -290,6 +303,10 @@ def main() -> None:
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
         arm.save(folder, manifest | {"updates": update})
+        if update in arguments.snapshots:
+            aside = folder.with_name(f"{arguments.arm}-at-{update}")
+            aside.mkdir(exist_ok=True)
+            arm.save(aside, manifest | {"arm": aside.name, "snapshot_of": arguments.arm, "updates": update})
         if update == arguments.updates:
             (folder / STATE).unlink(missing_ok=True)
 

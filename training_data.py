@@ -21,6 +21,7 @@ CALM_TOKENS = 48        # a row of unrelated prose that is read with a memory at
 FOREIGN_EVERY = 4       # every fourth update asks about conversations that nobody wrote
 FOREIGN_SHARE = 8       # one such row for so many conversations
 FOREIGN_PROBES = 4      # questions of such a row
+FOREIGN_FACTS = (3, 6)  # facts of its conversation: with its text in the prompt it then is no longer than the other rows of the forward
 ALONE = 32              # updates at the start with the least group: the gates learn first what to leave out
 ALIKE = 0.5             # share of shared memories whose conversations are about the same topics
 PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation
@@ -47,13 +48,13 @@ class Example:
 class Batch:
     """One update: the Examples, how many neighbouring ones share a memory, and what the memories are not to touch.
 
-    calm: rows of unrelated prose; row i is read with memory i. foreign: prompts about conversations that nobody wrote, on the
+    calm: rows of unrelated prose, an answer to their first token; row i is read with memory i. foreign: prompts about conversations that nobody wrote, on the
     topics of what is in the memory, every second one with the text in the prompt; row i is asked with memory i.
     """
 
     examples: list[Example]
     group: int = 1
-    calm: list[list[int]] = ()
+    calm: list[Example] = ()
     foreign: list[Example] = ()
 
 
@@ -88,14 +89,16 @@ class BankDataset(Dataset):
                     examples[number * group + rng.randrange(group)] = self.prose(rng, langs[number])
         calm, foreign = [], []
         if self.calm and update % CALM_EVERY == 0:
-            calm = [self.passage(rng, lang, CALM_TOKENS) for lang in langs[:max(1, self.conversations // 4)]]
+            rows = [self.passage(rng, lang, CALM_TOKENS) for lang in langs[:max(1, self.conversations // 4)]]
+            calm = [Example([], [], [(row[:1], row[1:])]) for row in rows]
         if self.foreign and update % FOREIGN_EVERY == 0:
             rows = min(memories, max(1, self.conversations // FOREIGN_SHARE))
-            foreign = [self.example(rng, langs[i], i // len(self.langs) % 2 == 0, 0, topics[i], FOREIGN_PROBES) for i in range(rows)]
+            foreign = [self.example(rng, langs[i], i // len(self.langs) % 2 == 0, 0, topics[i], FOREIGN_PROBES, rng.randint(*FOREIGN_FACTS))
+                       for i in range(rows)]
         return Batch(examples, group, calm, foreign)
 
-    def example(self, rng: random.Random, lang: str, shown: bool, prose: int, topics, probes: int | None = None) -> Example:
-        sample = training_bank.sample_conversation(rng, lang, "train", n_prose=prose, topics=topics)
+    def example(self, rng: random.Random, lang: str, shown: bool, prose: int, topics, probes: int | None = None, facts: int | None = None) -> Example:
+        sample = training_bank.sample_conversation(rng, lang, "train", facts, prose, topics)
         chosen = rng.sample(sample["probes"], min(probes or self.probes, len(sample["probes"])))
         pairs = [(prompts.tail_ids(self.tokenizer, lang, p["question"]),
                   prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]

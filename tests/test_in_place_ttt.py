@@ -274,8 +274,7 @@ def held(x, mask):
 
 
 def values_of(fast, x, mask):
-    slots = fast.slots(held(x, mask))
-    return slots.contents * slots.weights[..., None]
+    return fast.contents(held(x, mask)) * fast.slots(held(x, mask)).weights[..., None]
 
 
 def test_unit_targets_make_the_size_of_the_update_a_matter_of_the_base_alone():
@@ -303,9 +302,9 @@ def test_ridge_answers_with_what_was_written_and_a_second_text_adds_only_what_is
     spy = Spy(llama.model.get_decoder().layers[1].mlp)
     _, memory = write_once(llama.model, ttt, ids, mask)
     spy.remove()
-    slots = fast.slots(Pending(spy.x, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1))
-    content = slots.contents
-    torch.testing.assert_close(memory.layers[1].read(slots.keys), content, atol=1e-6, rtol=1e-6)
+    written = Pending(spy.x, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1)
+    content = fast.contents(written)
+    torch.testing.assert_close(memory.layers[1].read(fast.slots(written).keys), content, atol=1e-6, rtol=1e-6)
     assert content.norm() > 1e-2
     again = write_once(llama.model, ttt, ids, mask, memory=memory)[1]
     # the memory is read while the same text is written, but below the only TTT layer nothing changes, so its x is the same
@@ -631,10 +630,11 @@ def test_ridge_side_by_side_answers_with_what_either_row_wrote(llama, attach):
         run(llama.model, ids, mask)
     spy.remove()
     embedded = llama.model.get_input_embeddings()(ids)
-    slots = fast.slots(Pending(embedded, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1))
-    read = writer.memory(group=2).layers[1].read(slots.keys)  # both rows ask the one memory
-    torch.testing.assert_close(read, slots.contents, atol=1e-6, rtol=1e-6)
-    assert slots.contents.norm() > 1e-2
+    written = Pending(embedded, spy.x, spy.h, mask.bool(), mask.bool(), mask.cumsum(1) - 1)
+    contents = fast.contents(written)
+    read = writer.memory(group=2).layers[1].read(fast.slots(written).keys)  # both rows ask the one memory
+    torch.testing.assert_close(read, contents, atol=1e-6, rtol=1e-6)
+    assert contents.norm() > 1e-2
 
 
 def test_side_by_side_is_for_fresh_texts_of_one_chunk(llama, attach):

@@ -82,7 +82,7 @@ def save_tiny(folder, name, **config):
 
 def manifest(loaded, config, **more):
     return {"arm": "test", "model": loaded.row.name, "model_sha256": loaded.sha256, "objective": "recall", "frozen": True, "seed": 3,
-            "ttt": config and config.to_dict(), "lora": None, "data_sha256": "0", "updates": 1} | more
+            "ttt": config and config.to_dict(), "lora": None, "data_sha256": "0", "updates": 3, "optimizer": {"conversations": 4}} | more
 
 
 def save_fast_weights(folder, model, chunk=CHUNK, change=strengthen, **more):
@@ -347,6 +347,8 @@ def test_run_json_has_what_is_needed_to_repeat_the_run(whole, kit):
     assert run["benchmark"] == {"file": str(kit.benchmark), "sha256": benchmark_file.sha256_of(kit.benchmark)}
     assert run["levels"] == [1, 2, 3] and run["langs"] == ["en"] and run["limit"] is None and run["dtype"] == "float32" and run["device"] == "cpu"
     assert run["command"].startswith("python run_experiment.py --out") and run["batch_size"] == 16 and "torch" in run["versions"] and run["commit"]
+    assert run["base_parameters"] == load_model(model).parameters and run["snapshot_of"] is None
+    assert run["conversations_seen"] == 12
 
 
 # ---- what may not make a difference ----

@@ -25,7 +25,7 @@ from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import read_manifest
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
-from training_data import Batch, Example, pack
+from training_data import Batch, Example
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -144,20 +144,20 @@ def test_the_next_token_objective_on_one_chunk_has_nothing_to_learn_from(attache
 
 # ---- the aids ----
 
-def asking(loaded, ttt, batch, measures):
-    """(memory, queries, addresses, where they ask, mask) of a batch, as recall_step has them."""
+def asking(loaded, ttt, batch, group=1):
+    """(writer, memory, mask) of a batch, as recall_step has them."""
     ids, mask = objectives.pad_right([e.written for e in batch.examples], 258, CPU)
     with torch.no_grad(), ttt.write(differentiable=True) as writer:
         writer.expect(mask)
         loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-    return writer, writer.memory(), mask
+    return writer, writer.memory(group), mask
 
 
 def test_an_address_is_found_when_the_query_is_its_key(attached):
     """Queries that are the wanted slots' own keys find all of them; queries that are the keys of others find none."""
     loaded, batch = tiny("tiny-llama"), conversations()
     ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, blind=True))
-    _, memory, mask = asking(loaded, ttt, batch, {})
+    _, memory, mask = asking(loaded, ttt, batch)
     keys = torch.stack([layer.keys for layer in memory.layers.values()])
     rows, slots = torch.tensor([0, 1, 1, 3]), torch.tensor([5, 5, 6, 6])  # slots 0 to 4 are alike in all rows
     asks = torch.zeros(4, 3, dtype=torch.bool)
@@ -179,27 +179,61 @@ def test_an_update_without_an_address_has_a_loss_and_no_share_found(attached):
     assert step.loss.isfinite() and step.measures["address"] == 0 and "found" not in step.measures and "worth" not in step.measures
 
 
-def test_prose_is_calm_under_an_empty_memory_and_not_under_a_full_one(attached):
-    loaded, batch = tiny("tiny-qwen3"), conversations()
-    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, codes=True, read_attention=1, blind=True))
-    _, memory, _ = asking(loaded, ttt, batch, {})
-    rows = token_rows((9, 5), seed=3)
-    assert objectives.calm_loss(loaded, ttt, memory.scale(0.0), rows, CPU).item() == pytest.approx(0, abs=1e-9)
-    assert objectives.calm_loss(loaded, ttt, memory, rows, CPU).item() > 1e-3
+def with_others(batch, group):
+    """The batch in memories of `group` rows, with two foreign rows (the second with its text in the prompt) and one row of prose."""
+    silent, shown = conversations(2).examples
+    prose = token_rows((9,), seed=3)[0]
+    return Batch(batch.examples, group, calm=[Example([], [], [(prose[:1], prose[1:])])],
+                 foreign=[silent, replace(shown, prefix=shown.prefix + shown.written)])
 
 
-def test_a_foreign_question_is_left_alone_by_an_empty_memory_and_not_by_a_full_one(attached):
-    """Row i is asked with memory i; with nothing in memory nothing is changed, and the loss pulls on what reads."""
-    loaded, batch = tiny("tiny-qwen3"), conversations()
-    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, **DEEP))
-    _, memory, _ = asking(loaded, ttt, batch, {})
-    packed = pack([replace(example, prefix=example.prefix + example.written) for example in conversations(2).examples], 258, CPU)
-    empty = objectives.foreign_loss(loaded, ttt, memory.scale(0.0), packed)
-    full = objectives.foreign_loss(loaded, ttt, memory, packed)
-    assert abs(empty.item()) < 1e-9 < 1e-4 < full.item()
-    full.backward()
+@pytest.mark.parametrize("group", (1, 2))
+@pytest.mark.parametrize("name", ("tiny-qwen3", "tiny-gemma3"))
+def test_foreign_rows_and_prose_are_judged_as_if_each_was_read_alone(name, group, attached):
+    """The oracle reads row i with memory i, one question a forward, with the memory and without; the loss pulls on what reads."""
+    loaded = tiny(name)
+    ttt, batch = strengthen(attached(loaded, layers=(1, 2), chunk=None, **DEEP)), with_others(conversations(), group)
+    step = recall_step(loaded, ttt, batch, CPU)
+    step.loss.backward()
     assert ttt.fast["1"].query_code.grad.norm() > 0
     ttt.zero_grad(set_to_none=True)
+
+    def log_probabilities(prefix, question, answer, row=None):
+        ids = torch.tensor([prefix + question + answer])
+        asked = torch.arange(ids.shape[1]) >= len(prefix)
+        if row is None:
+            logits = loaded.model(input_ids=ids, use_cache=False).logits
+        else:
+            with ttt.read(row) as reader:
+                order = torch.arange(ids.shape[1])  # the tokens of a question look at each other, not at the prefix
+                reader.expect(torch.ones_like(ids), order[None], ((asked[:, None] == asked) & (order <= order[:, None]))[None])
+                logits = loaded.model(input_ids=ids, use_cache=False).logits
+        return logits[0, -len(answer) - 1:-1].float().log_softmax(-1)
+
+    with torch.no_grad():
+        memory = asking(loaded, ttt, batch, group)[1]
+        for kind in ("foreign", "calm"):
+            expected = []
+            for i, example in enumerate(getattr(batch, kind)):
+                for question, answer in example.pairs:
+                    row = example.prefix, question, answer
+                    without, attached_ = log_probabilities(*row), log_probabilities(*row, memory.select([i]))
+                    expected += (without.exp() * (without - attached_)).sum(-1).tolist()
+            assert step.measures[kind].item() == pytest.approx(sum(expected) / len(expected), rel=1e-3) and sum(expected) > 1e-4
+
+
+def test_nothing_changes_under_an_empty_memory_and_what_is_written_is_judged_alike(attached, monkeypatch):
+    loaded, batch = tiny("tiny-llama"), conversations()
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, **DEEP))
+    alone, beside = recall_step(loaded, ttt, batch, CPU), recall_step(loaded, ttt, with_others(batch, 1), CPU)
+    torch.testing.assert_close(beside.measures["answers"], alone.measures["answers"])
+    torch.testing.assert_close(beside.measures["address"], alone.measures["address"])
+    assert (beside.labels, beside.right) == (alone.labels, alone.right)
+    memory = in_place_ttt.Writer.memory
+    monkeypatch.setattr(in_place_ttt.Writer, "memory", lambda self, group: memory(self, group).scale(0.0))
+    empty = recall_step(loaded, ttt, with_others(batch, 1), CPU)
+    assert empty.measures["calm"].item() == pytest.approx(0, abs=1e-6) and empty.measures["foreign"].item() == pytest.approx(0, abs=1e-6)
+    assert beside.measures["calm"] > 1e-4 and beside.measures["foreign"] > 1e-4
 
 
 def test_the_worth_of_a_token_is_what_its_gate_says():
@@ -226,6 +260,31 @@ def call(run_main):
 
 def log_rows(folder):
     return [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_snapshot_is_the_arm_as_it_stood(tmp_path, call):
+    """Under its own name, and without a trace in the arm itself; run.json says of both how much they had seen."""
+    assert call(command(tmp_path / "kept", "--snapshots", "1,3"))[0] == 0
+    assert call(command(tmp_path / "plain"))[0] == 0
+    kept, plain = tmp_path / "kept", tmp_path / "plain"
+    final = lambda folder: load_file(folder / "a" / "adapter.safetensors")
+    assert all(torch.equal(t, final(plain)[name]) for name, t in final(kept).items())
+    assert sorted(p.name for p in kept.iterdir()) == ["a", "a-at-1", "a-at-3"]
+    for n in (1, 3):
+        manifest = read_manifest(kept / f"a-at-{n}")
+        assert (manifest["arm"], manifest["snapshot_of"], manifest["updates"]) == (f"a-at-{n}", "a", n)
+    early, late = (load_file(kept / f"a-at-{n}" / "adapter.safetensors") for n in (1, 3))
+    assert any(not torch.equal(t, late[name]) for name, t in early.items())
+
+
+def test_snapshots_that_cannot_be_are_refused_before_anything_is_trained(tmp_path, call):
+    for given in ("4", "0", "a", "1,,2"):
+        code, _, err = call(command(tmp_path, "--snapshots", given))
+        assert code == 2 and f"--snapshots {given}: give numbers of updates below --updates 4" in err
+    (tmp_path / "a-at-2").mkdir()
+    (tmp_path / "a-at-2" / "manifest.json").write_text("{}")
+    code, _, err = call(command(tmp_path, "--snapshots", "2"))
+    assert code == 2 and "a-at-2: already holds a snapshot" in err and not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -370,6 +370,7 @@ def test_unknown_language_and_split_say_what_is_possible():
     (lambda c: c["relations"][0].update(category="colour"), "unknown category 'colour'"),
     (lambda c: c["relations"][0].update(value="nothing"), "value 'nothing' is no kind"),
     (lambda c: c["relations"][0].update(statements=["{s} {v}."]), "statements needs at least two forms"),
+    (lambda c: next(r for r in c["relations"] if "as_subject" in r).update(as_subject=["the mentor of {s}"]), "no as_subject phrase starts with {s}"),
     (lambda c: c["kinds"].update(person=["{nobody}"]), "kinds.person uses {nobody}"),
     (lambda c: c["kinds"].update(colour=["red"]), "kinds.colour has no dev words"),
 ])

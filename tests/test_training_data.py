@@ -16,7 +16,7 @@ import training_data
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, file_sha256
 from model_utils import MODELS
-from objectives import answer_loss, lm_step, pad_right
+from objectives import answer_logits, judged, lm_step, pad_right
 from training_data import IGNORE, NOWHERE, BankDataset, Example, TextDataset, batches, columns, load_texts, pack
 
 TOKENIZER = tiny("tiny-llama").tokenizer
@@ -67,7 +67,7 @@ def test_packed_prompts_equal_one_prompt_per_question(reader, memory):
             packed = pack(examples, TOKENIZER.pad_token_id, "cpu")
             with ttt.read(written) as session:
                 session.expect(torch.ones_like(packed.ids), packed.position, packed.question)
-                step = answer_loss(loaded, packed)
+                step = judged(answer_logits(loaded, packed), packed.labels, packed.ids.numel())
             hook.remove()
             logits, wanted = [], []
             for i, example in enumerate(examples):
@@ -201,8 +201,8 @@ def test_the_size_of_a_memory_is_drawn_and_every_second_group_holds_prose():
 
 def test_a_memory_and_its_foreign_questions_are_on_the_same_topics(monkeypatch):
     drawn, example = [], BankDataset.example
-    monkeypatch.setattr(BankDataset, "example", lambda self, rng, lang, shown, prose, topics, probes=None:
-                        (drawn.append((lang, topics)), example(self, rng, lang, shown, prose, topics, probes))[1])
+    monkeypatch.setattr(BankDataset, "example", lambda self, rng, lang, shown, prose, topics, *few:
+                        (drawn.append((lang, topics)), example(self, rng, lang, shown, prose, topics, *few))[1])
     dataset, narrow = BankDataset(TOKENIZER, ("en", "zh"), 60, 16, 4, 0, shown=False, groups=(1, 4), foreign=True), []
     for update in range(32, 60, 4):
         drawn.clear()
@@ -229,6 +229,7 @@ def test_foreign_rows_ask_about_what_no_memory_holds():
             assert is_chinese(example.prefix) == is_chinese(batch.examples[i * batch.group].written) == bool(i % 2)
             assert 1 <= len(questions) <= 4 and prompt.count("\n") > 3
             shown.append(not example.written)
+            assert len(example.prefix) < 1200  # bytes of six facts at most: no row that all others would have to be padded to
             asked = {TOKENIZER.decode(q) for e in batch.examples for q, _ in e.pairs}
             assert written not in prompt and not asked & set(questions)
     assert 0.3 < sum(shown) / len(shown) < 0.7
