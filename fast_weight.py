@@ -256,19 +256,20 @@ class FastWeight(nn.Module):
         return self._features(informed, h, "key")
 
     def query(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a token asks with, as keys are; x and h as the MLP has them. For arms without read attention."""
-        return self._features(self.scaled(x), h, "query")
+        """What a token asks with, as keys are; x as `scaled` gives it, here and in what follows, h as the MLP has it. For arms without
+        read attention."""
+        return self._features(x, h, "query")
 
     def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
         """Queries [B, L, K] that also know what is gathered around them."""
-        return self._features(beside(self.scaled(x_BLD), asked_BLZ), h_BLF, "query")
+        return self._features(beside(x_BLD, asked_BLZ), h_BLF, "query")
 
     def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
         """What the read attention gathers from the question so far, [B, L, Z], and its keys and values so far.
 
         bias: `distance_bias` from the L new tokens to all T; seen: what the call before returned.
         """
-        return look(self.scaled(x_BLD) @ self.query_attend, bias_BHLT, seen)
+        return look(x_BLD @ self.query_attend, bias_BHLT, seen)
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:
@@ -283,14 +284,15 @@ class FastWeight(nn.Module):
         """Of what is read (`met`, [..., D]) what the tokens x take: all of it without the read gate."""
         if not self.config.read_gate:
             return met
-        logit = self.scaled(x) @ self.open + self.open_bias
+        logit = x @ self.open + self.open_bias
         if self.config.threshold:  # sigmoid(a log m + b): a share that rises from 0 with the strength of what is read
-            strength = met.to(logit.dtype).pow(2).mean(-1).clamp(min=1e-12).sqrt() / (EMBED_SHARE * self.value_unit)
-            logit = logit + self.open_met * strength.clamp(min=1e-3).log().to(logit.dtype)
+            strength = torch.linalg.vector_norm(met.to(logit.dtype), dim=-1) / (met.shape[-1] ** 0.5 * EMBED_SHARE * self.value_unit)
+            logit = logit + self.open_met * strength.clamp(min=1e-3).log()
         return met * torch.sigmoid(logit).unsqueeze(-1)
 
     def read(self, memory, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What a layer's memory adds to the MLP's output for the tokens x, h: [N, L, D]."""
+        """What a layer's memory adds to the MLP's output for the tokens x, h (both as the MLP has them): [N, L, D]."""
+        x = self.scaled(x)
         return self.taken(x, memory.read(self.query(x, h)))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import rms_norm
 
 
 class MemoryFileError(ValueError):
@@ -23,8 +24,8 @@ class MemoryFileError(ValueError):
 
 def unit(h: torch.Tensor) -> torch.Tensor:
     """h on the unit sphere along its last dimension, in h's dtype; a zero vector stays zero."""
-    wide = h if h.dtype == torch.float64 else h.float()
-    return (wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-6)).to(h.dtype)
+    wide, width = h if h.dtype == torch.float64 else h.float(), h.shape[-1:]
+    return (rms_norm(wide, width, eps=1e-20) * width[0] ** -0.5).to(h.dtype)
 
 
 def pick_columns(t: torch.Tensor, column_BS: torch.Tensor) -> torch.Tensor:

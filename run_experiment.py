@@ -331,7 +331,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
     report = {"arm": arm, "model": loaded.row.name, "model_sha256": loaded.sha256, "model_source": loaded.source,
               "frozen": manifest.get("frozen", True), "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"),
-              "snapshot_of": manifest.get("snapshot_of"), "conversations_seen": manifest["updates"] * manifest["optimizer"]["conversations"] if manifest else None,
+              "snapshot_of": manifest.get("snapshot_of"), "conversations_seen": manifest.get("conversations_seen"),
               "base_parameters": base_parameters,
               "adapter": arguments.adapter, "adapter_sha256": mine["adapter_sha256"],
               "tuned_adapter": arguments.tuned_adapter, "tuned_adapter_sha256": mine["tuned_adapter_sha256"],

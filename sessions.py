@@ -56,6 +56,7 @@ class Reader:
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
         fast = self.owner.fast[str(index)]
+        x_BLD = fast.scaled(x_BLD)
         query_BLF = self._informed(index, fast, x_BLD, h_BLF) if self.owner.config.read_attention else fast.query(x_BLD, h_BLF)
         if self.watch_BL is not None:
             self.queries[index] = query_BLF[self.watch_BL]
@@ -67,7 +68,7 @@ class Reader:
         if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
             raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
         if self.owner.config.deep:
-            self._stream_BLZ, self._seen[index] = self.owner.streams["read"](index, self._stream_BLZ, fast.scaled(x_BLD), self._bias_BHLT, seen)
+            self._stream_BLZ, self._seen[index] = self.owner.streams["read"](index, self._stream_BLZ, x_BLD, self._bias_BHLT, seen)
             return fast.informed_query(x_BLD, h_BLF, unit_rms(self._stream_BLZ))
         asked_BLZ, self._seen[index] = fast.look_back(x_BLD, self._bias_BHLT, seen)
         return fast.informed_query(x_BLD, h_BLF, asked_BLZ)
@@ -162,14 +163,15 @@ class Writer:
         chunk, start = self.owner.config.chunk, self.start and not self.owner.config.blind
         if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
             return fast.read(self.start.layers[index], new.x, new.h) if start else None
-        query_BLF, slots = fast.query(new.x, new.h), fast.slots(held)
+        x_BLD, slots = fast.scaled(new.x), fast.slots(held)
+        query_BLF = fast.query(x_BLD, new.h)
         value_BSD = fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1)
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
         score_BLS = meets(query_BLF, slots.keys, fast.sizes).to(value_BSD.dtype) * visible_BLS
         share_BLD = score_BLS @ value_BSD
         if index in self.done:
             share_BLD = share_BLD + self.done[index].read(query_BLF)
-        return fast.taken(new.x, share_BLD)
+        return fast.taken(x_BLD, share_BLD)
 
     def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
         """Move the tokens whose value can no longer change into the memory; return what must still be held.
@@ -278,8 +280,9 @@ class Writer:
             for tokens in torch.arange(len(real), device=real.device).split(self.owner.config.chunk or max(len(real), 1)):
                 chunk = Pending(*(t[:, tokens] for t in row.fields()))
                 if not self.owner.config.blind:
-                    met_LD = expand(fast.query(chunk.x[0], chunk.h[0]), fast.sizes).to(update_DF.dtype) @ update_DF.T
-                    share_LD[real[tokens]] = fast.taken(chunk.x[0], met_LD)
+                    x_CD = fast.scaled(chunk.x[0])
+                    met_LD = expand(fast.query(x_CD, chunk.h[0]), fast.sizes).to(update_DF.dtype) @ update_DF.T
+                    share_LD[real[tokens]] = fast.taken(x_CD, met_LD)
                 around_BSZ = None
                 if self.owner.config.deep:  # blind, so the text is this one chunk
                     self._streams[b] = self._stream(index, self._streams.get(b), chunk)

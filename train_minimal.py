@@ -302,11 +302,12 @@ def main() -> None:
             raise RuntimeError("the base changed during training although it is frozen; nothing more was saved")
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
-        arm.save(folder, manifest | {"updates": update})
+        mark = {"updates": update, "conversations_seen": dataset.seen(update)}
+        arm.save(folder, manifest | mark)
         if update in arguments.snapshots:
             aside = folder.with_name(f"{arguments.arm}-at-{update}")
             aside.mkdir(exist_ok=True)
-            arm.save(aside, manifest | {"arm": aside.name, "snapshot_of": arguments.arm, "updates": update})
+            arm.save(aside, manifest | {"arm": aside.name, "snapshot_of": arguments.arm} | mark)
         if update == arguments.updates:
             (folder / STATE).unlink(missing_ok=True)
 

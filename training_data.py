@@ -24,7 +24,7 @@ FOREIGN_PROBES = 4      # questions of such a row
 FOREIGN_FACTS = (3, 6)  # facts of its conversation: with its text in the prompt it then is no longer than the other rows of the forward
 ALONE = 32              # updates at the start with the least group: the gates learn first what to leave out
 ALIKE = 0.5             # share of shared memories whose conversations are about the same topics
-PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation
+PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation, and half as many of these longer rows
 PROSE_MOST = 2          # passages, at most
 NO_ROBOTS = "HuggingFaceH4/no_robots"
 
@@ -75,24 +75,33 @@ class BankDataset(Dataset):
     def __len__(self) -> int:
         return self.updates
 
-    def __getitem__(self, update: int) -> Batch:
+    def shape(self, update: int) -> tuple[random.Random, int, int, int]:
+        """(the update's generator, passages of prose in a row, rows in a memory, memories)."""
         rng = random.Random(f"{self.seed}/{update}")
         prose = rng.randint(1, PROSE_MOST) if update % PROSE_EVERY == PROSE_EVERY - 1 else 0
         group = rng.choice(self.groups) if update >= ALONE else min(self.groups)
         memories = self.conversations // group
+        return rng, prose, group, max(1, memories // 2) if prose else memories
+
+    def seen(self, updates: int) -> int:
+        """Rows in the first so many updates."""
+        return sum(group * memories for _, _, group, memories in map(self.shape, range(updates)))
+
+    def __getitem__(self, update: int) -> Batch:
+        rng, prose, group, memories = self.shape(update)
         langs = [self.langs[number % len(self.langs)] for number in range(memories)]
         topics = [training_bank.draw_topics(rng, lang) if rng.random() < ALIKE else None for lang in langs]
-        examples = [self.example(rng, langs[i // group], self.shown, prose, topics[i // group]) for i in range(self.conversations)]
+        examples = [self.example(rng, langs[i // group], self.shown, prose, topics[i // group]) for i in range(group * memories)]
         if group > 1:
             for number in range(memories):
                 if number // len(self.langs) % 2 == 0:
                     examples[number * group + rng.randrange(group)] = self.prose(rng, langs[number])
         calm, foreign = [], []
         if self.calm and update % CALM_EVERY == 0:
-            rows = [self.passage(rng, lang, CALM_TOKENS) for lang in langs[:max(1, self.conversations // 4)]]
+            rows = [self.passage(rng, lang, CALM_TOKENS) for lang in langs[:max(1, len(examples) // 4)]]
             calm = [Example([], [], [(row[:1], row[1:])]) for row in rows]
         if self.foreign and update % FOREIGN_EVERY == 0:
-            rows = min(memories, max(1, self.conversations // FOREIGN_SHARE))
+            rows = min(memories, max(1, len(examples) // FOREIGN_SHARE))
             foreign = [self.example(rng, langs[i], i // len(self.langs) % 2 == 0, 0, topics[i], FOREIGN_PROBES, rng.randint(*FOREIGN_FACTS))
                        for i in range(rows)]
         return Batch(examples, group, calm, foreign)
@@ -190,6 +199,10 @@ class TextDataset(Dataset):
 
     def __len__(self) -> int:
         return self.updates
+
+    def seen(self, updates: int) -> int:
+        """Rows in the first so many updates."""
+        return self.conversations * updates
 
     def __getitem__(self, update: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/{update}")

@@ -82,7 +82,7 @@ def save_tiny(folder, name, **config):
 
 def manifest(loaded, config, **more):
     return {"arm": "test", "model": loaded.row.name, "model_sha256": loaded.sha256, "objective": "recall", "frozen": True, "seed": 3,
-            "ttt": config and config.to_dict(), "lora": None, "data_sha256": "0", "updates": 3, "optimizer": {"conversations": 4}} | more
+            "ttt": config and config.to_dict(), "lora": None, "data_sha256": "0", "updates": 3, "conversations_seen": 12} | more
 
 
 def save_fast_weights(folder, model, chunk=CHUNK, change=strengthen, **more):

@@ -73,7 +73,7 @@ def test_recall_learns_to_answer_from_its_own_conversation(name, options, attach
         fast.value_unit.fill_(5.0 if options.get("codes") else fast.value_unit)  # W_down's entries are tiny here, as are all logits
     optimizer = torch.optim.AdamW(ttt.parameters(), lr=1e-2 if options.get("codes") else 3e-2, weight_decay=0.0)
     losses, unaided = [], dict.fromkeys(objectives.AIDS, 0.0)  # these examples do not say where their answers stand
-    for _ in range(90 if options.get("codes") else 45):
+    for _ in range(90 if options.get("codes") else 60):
         step = recall_step(loaded, ttt, batch, CPU, unaided)
         step.loss.backward()
         optimizer.step()
@@ -272,7 +272,7 @@ def test_a_snapshot_is_the_arm_as_it_stood(tmp_path, call):
     assert sorted(p.name for p in kept.iterdir()) == ["a", "a-at-1", "a-at-3"]
     for n in (1, 3):
         manifest = read_manifest(kept / f"a-at-{n}")
-        assert (manifest["arm"], manifest["snapshot_of"], manifest["updates"]) == (f"a-at-{n}", "a", n)
+        assert (manifest["arm"], manifest["snapshot_of"], manifest["updates"], manifest["conversations_seen"]) == (f"a-at-{n}", "a", n, n)
     early, late = (load_file(kept / f"a-at-{n}" / "adapter.safetensors") for n in (1, 3))
     assert any(not torch.equal(t, late[name]) for name, t in early.items())
 
