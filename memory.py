@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import rms_norm
+
+from side_stream import unit_rms
 
 
 class MemoryFileError(ValueError):
@@ -24,8 +25,8 @@ class MemoryFileError(ValueError):
 
 def unit(h: torch.Tensor) -> torch.Tensor:
     """h on the unit sphere along its last dimension, in h's dtype; a zero vector stays zero."""
-    wide, width = h if h.dtype == torch.float64 else h.float(), h.shape[-1:]
-    return (rms_norm(wide, width, eps=1e-20) * width[0] ** -0.5).to(h.dtype)
+    wide = h if h.dtype == torch.float64 else h.float()
+    return (unit_rms(wide) * h.shape[-1] ** -0.5).to(h.dtype)
 
 
 def pick_columns(t: torch.Tensor, column_BS: torch.Tensor) -> torch.Tensor:
