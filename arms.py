@@ -33,7 +33,7 @@ class Arm:
         earlier = read_manifest(start) if start else None
         if earlier:
             check_start(earlier, start, loaded, config, joint)
-            self.start = {"arm": earlier["arm"], "updates": earlier["updates"], "files": earlier["files"]}
+            self.start = {"arm": earlier["arm"], "updates": earlier["updates"] + updates_before(earlier.get("start")), "files": earlier["files"]}
         if config is None or joint:
             self.lora = load_lora(start, loaded, trainable=True) if earlier and earlier["lora"] else get_peft_model(
                 loaded.model, LoraConfig(task_type="CAUSAL_LM", **LORA))
@@ -54,6 +54,11 @@ class Arm:
             write_manifest(folder, manifest, LORA_FILES)
         else:
             save_adapter(folder, self.ttt, manifest, LORA_FILES if self.lora is not None else [])
+
+
+def updates_before(start: dict | None) -> int:
+    """Updates behind the arm that an arm goes on from, those of its own start with them."""
+    return start["updates"] if start else 0
 
 
 def check_start(earlier: dict, start: str, loaded: Loaded, config: TTTConfig | None, joint: bool) -> None:

@@ -23,7 +23,7 @@ import report_tables
 from benchmark_dialogue import person_names
 from intervals import PAIRS, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
 from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
-                           load_run)
+                           load_run, parse_object, read_text)
 
 EXAMPLES_RIGHT, EXAMPLES_WRONG = 3, 5   # answers shown of every arm and language
 CODE = re.compile(r"[A-Z]+-?\d+|\d+[A-Z]+")
@@ -195,6 +195,7 @@ def arm_report(model, arm, runs, settings):
     shown = ("name", "commit", "command", "seed", "device", "dtype", "versions", "complete")
     entry = {"arm": arm, "model": model, "frozen": runs[0]["frozen"], "objective": runs[0]["objective"],
              "seeds": sorted({run["seed"] for run in runs}, key=str), "complete": all(run["complete"] for run in runs),
+             "snapshot_of": runs[0].get("snapshot_of"), "conversations_seen": runs[0].get("conversations_seen"),  # runs from before have neither
              "conditions": {}, "ratios": {}, "tests": {}, "pooled_levels": pooled_levels(rows, settings), "b_vs_d": {},
              "examples": examples_of(rows, settings),
              "runs": [{name: run[name] for name in shown} for run in runs]}
@@ -207,6 +208,13 @@ def arm_report(model, arm, runs, settings):
     return entry
 
 
+def unscored():
+    """{model: parameters} of the bases that were run at full size with random weights alone (exercise.py), smallest first."""
+    mend = "run exercise.py again, or remove the file"
+    runs = [parse_object(read_text(path, mend), path, {"model": (str,), "parameters": (int,)}, mend) for path in sorted(Path("results/exercise").glob("*.json"))]
+    return {run["model"]: run["parameters"] for run in sorted(runs, key=lambda run: run["parameters"])}
+
+
 def build_report(runs, settings):
     """report.json as a dict. bench["unchanged"]: is the benchmark file still the one that ran (None: not here)?"""
     for run in runs:
@@ -214,12 +222,14 @@ def build_report(runs, settings):
             score(row)
     groups = group_arms(runs)
     borrowed = lend_rows(groups)
-    arms = [arm_report(model, arm, group, settings) | {"borrowed": borrowed[model, arm]} for (model, arm), group in groups.items()]
+    sizes = {run.get("model_sha256"): run["base_parameters"] for run in runs if run.get("base_parameters")}
+    arms = [arm_report(model, arm, group, settings) | {"borrowed": borrowed[model, arm], "base_parameters": sizes.get(group[0].get("model_sha256"))}
+            for (model, arm), group in groups.items()]
     path, sha256 = Path(runs[0]["benchmark"]["file"]), runs[0]["benchmark"]["sha256"]
     unchanged = benchmark_file.sha256_of(path) == sha256 if path.is_file() else None
     return {"benchmark": {"file": path.name, "sha256": sha256, "unchanged": unchanged},
             "commit": ", ".join(sorted({run["commit"] for run in runs})),
-            "bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "arms": arms}
+            "bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "arms": arms, "unscored": unscored()}
 
 
 # --- command line ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The figures, drawn from the report and the training logs alone; a figure that has no data is not made."""
 import os
+from bisect import bisect
 
 import matplotlib
 import numpy as np
@@ -27,12 +28,15 @@ def draw_all(report, curves, folder):
                "em_by_condition": "every condition that ran is a point of a curve", "category_heatmap": "every condition that ran is a point of a curve",
                "em_by_position": "no prediction has a position",
                "memory_curves": "no arm has two points of a curve (B_merged, D of several lengths, B_rank)",
+               "em_by_training": "no arm was asked at two points of its training (train_minimal.py --snapshots)",
+               "kept_by_size": "no two bases have a share that memory keeps on level 1",
                "training_curve": "no run's adapter has a train.jsonl"}
     notes = []
     with matplotlib.rc_context(STYLE):
         figures = {"em_by_condition": em_by_condition(report), "category_heatmap": category_heatmap(report),
                    "em_by_position": em_by_position(report), "b_vs_d": b_vs_d(report),
-                   "memory_curves": memory_curves(report), "training_curve": training_curve(curves)}
+                   "memory_curves": memory_curves(report), "em_by_training": em_by_training(report), "kept_by_size": kept_by_size(report),
+                   "training_curve": training_curve(curves)}
         for name, figure in figures.items():
             path = folder / f"{name}.png"
             if figure is None:
@@ -248,6 +252,67 @@ def curve_points(arm, lang, level, steps):
     """{place along the curve: cell}, for the steps that the arm ran."""
     cells = {place: arm["conditions"].get(name, {}).get(str(level), {}).get(lang) for place, (_, name) in enumerate(steps)}
     return {place: cell for place, cell in cells.items() if cell}
+
+
+def em_by_training(report):
+    """Exact match of the memory against conversations seen in training, a line per training and language: an arm and its snapshots."""
+    lines = {}
+    for arm in report["arms"]:
+        for lang, cell in arm["conditions"].get("B_memory", {}).get("1", {}).items():
+            if arm["conversations_seen"]:
+                lines.setdefault((arm["model"], arm["snapshot_of"] or arm["arm"], lang), {})[arm["conversations_seen"]] = cell
+    lines = {key: dict(sorted(points.items())) for key, points in sorted(lines.items()) if len(points) > 1}
+    if not lines:
+        return None
+    figure = Figure(figsize=(6.4, 4.6))
+    figure.suptitle("Exact match from memory against training, level 1\n(bars: 95% bootstrap over conversations)")
+    ax = figure.subplots()
+    for index, ((model, name, lang), points) in enumerate(lines.items()):
+        ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)], markersize=4,
+                    linewidth=1, capsize=2, label=f"{model}, {name}, {LANGUAGES[lang]} (n = {span([cell['n'] for cell in points.values()])})", **line_style(index))
+    em_axis(ax)
+    ax.set_xscale("log")
+    seen = [place for points in lines.values() for place in points]
+    steps = [step * 10 ** power for power in range(9) for step in (1, 2, 5)]
+    steps = steps[max(0, bisect(steps, min(seen)) - 1):bisect(steps, max(seen)) + 1]
+    ax.set_xticks(steps, [f"{step:,}" for step in steps])
+    ax.minorticks_off()
+    ax.set_xlabel("conversations seen in training\n(a line's last point: the finished arm; the others: within its schedule)")
+    shared_legend(figure, [ax], key=None, ncols=1, fontsize=8)
+    return figure
+
+
+def kept_by_size(report):
+    """Share of the ceiling that memory keeps on level 1 against the base's parameters, a point per arm and language; the largest base that was
+    run with random weights alone has its place and no point."""
+    points = [(arm, lang, cell) for arm in report["arms"] if arm["base_parameters"] for lang, cell in arm["ratios"].get("memory_efficiency_ratio", {}).get("1", {}).items()
+              if cell["value"] is not None]
+    sizes = sorted({arm["base_parameters"] for arm, *_ in points})
+    if len(sizes) < 2:
+        return None
+    figure = Figure(figsize=(8.2, 4.4 + 0.11 * len(points)))
+    figure.suptitle("Share of the ceiling that memory keeps, level 1, by size of the base\n(bars: 95% bootstrap over conversations; hollow: against A_context, no A_tuned ran)")
+    ax = figure.subplots()
+    for index, (arm, lang, cell) in enumerate(points):
+        beside = [other for other in points if other[0]["base_parameters"] == arm["base_parameters"]]
+        place = arm["base_parameters"] * 1.04 ** (beside.index((arm, lang, cell)) - (len(beside) - 1) / 2)  # a little apart, or they would cover each other
+        ends = cell["ci"] or [cell["value"]] * 2
+        style = line_style(index)
+        ax.errorbar(place, cell["value"], [[max(cell["value"] - ends[0], 0)], [max(ends[1] - cell["value"], 0)]], marker=MARKERS[index % len(MARKERS)], markersize=5, capsize=2,
+                    color=style["color"], linestyle="none", markerfacecolor=style["color"] if cell["A_tuned_run"] else "none",
+                    label=f"{arm['model']}, {arm_text(arm)}{'' if arm['frozen'] else ' (not frozen)'}, {LANGUAGES[lang]}")
+    for name, parameters in list(report["unscored"].items())[-1:]:
+        ax.axvline(parameters, color="0.6", linewidth=1, linestyle=":")
+        ax.text(parameters, 0.5, f"{name}: not scored", rotation=90, ha="right", va="center", fontsize=8, color="0.4")
+        sizes.append(parameters)
+    ax.set_xscale("log")
+    ax.set_xticks(sizes, [f"{size / 1e9:.2g}B" if size >= 1e9 else f"{size / 1e6:.0f}M" for size in sizes])
+    ax.minorticks_off()
+    ax.set_ylim(-0.03, 1.03)
+    ax.set_ylabel("EM(B_memory) / max(EM(A_context), EM(A_tuned))")
+    ax.set_xlabel("parameters of the base")
+    shared_legend(figure, [ax], key=None, ncols=2, fontsize=8)
+    return figure
 
 
 def training_curve(curves):

@@ -8,7 +8,7 @@ Objectives:
     context  no fast weights: a LoRA that answers with the conversation in the prompt (A_tuned, the fair ceiling)
 With --joint a recall arm also trains a LoRA on the base, which writes and reads with it; such an arm is never called frozen.
 Only the adapter trains; that the base did not change is checked by hash before every checkpoint. With --start an arm goes on
-from another one's adapter.
+from another one's adapter, and in the data from where that one stopped.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import training_bank
-from arms import LORA, Arm, base_digest
+from arms import LORA, Arm, base_digest, updates_before
 from fast_weight import TARGETS
 from manifests import UserError, provenance, read_manifest, run_script
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
@@ -70,11 +70,11 @@ def check_course(losses: list[float], update: int) -> None:
         raise Diverged(f"the loss climbed from {min(means):.2f} to {means[-1]:.2f} by update {update}")
 
 
-def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, losses, log, save) -> None:
+def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, first: int, losses, log, save) -> None:
     """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones, each of --snapshots and
-    the last."""
+    the last. first: the dataset's item of the first update."""
     device, step, started = loaded.device, make_step(arguments), time.time()
-    bar = tqdm(batches(dataset, arguments.workers, start=len(losses)), total=arguments.updates, initial=len(losses),
+    bar = tqdm(batches(dataset, arguments.workers, start=first + len(losses)), total=arguments.updates, initial=len(losses),
                desc=arguments.arm, unit="update")
     for update, batch in enumerate(bar, len(losses)):
         begun = time.time()
@@ -241,9 +241,9 @@ def parse_groups(arguments) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def make_dataset(arguments, config, loaded: Loaded, langs):
-    """(dataset, hash of what it draws from)."""
-    common = (arguments.updates, arguments.conversations)
+def make_dataset(arguments, config, loaded: Loaded, langs, first: int):
+    """(dataset, hash of what it draws from); its items from `first` on are this arm's."""
+    common = (first + arguments.updates, arguments.conversations)
     if arguments.objective == "lm":
         texts, sha = load_texts(arguments.data, langs)
         return TextDataset(loaded.tokenizer, texts, *common, LM_LENGTH, arguments.seed), sha
@@ -282,7 +282,8 @@ def main() -> None:
     # a LoRA learns at its own rate beside the fast weights
     optimizer = torch.optim.AdamW([{"params": [p], "share": LR["context"] / LR["recall"] if arguments.joint and name.startswith("lora.") else 1.0}
                                    for name, p in trained.items()], lr=arguments.lr, weight_decay=arguments.weight_decay)
-    dataset, data_sha = make_dataset(arguments, config, loaded, langs)
+    first = updates_before(arm.start)
+    dataset, data_sha = make_dataset(arguments, config, loaded, langs, first)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": arm.lora is None, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
                 "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
@@ -302,7 +303,7 @@ def main() -> None:
             raise RuntimeError("the base changed during training although it is frozen; nothing more was saved")
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
-        mark = {"updates": update, "conversations_seen": dataset.seen(update)}
+        mark = {"updates": update, "conversations_seen": dataset.seen(first, first + update)}
         arm.save(folder, manifest | mark)
         if update in arguments.snapshots:
             aside = folder.with_name(f"{arguments.arm}-at-{update}")
@@ -312,7 +313,7 @@ def main() -> None:
             (folder / STATE).unlink(missing_ok=True)
 
     with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
-        run_training(arguments, lambda: train(arguments, loaded, arm.ttt, list(trained.values()), optimizer, dataset, losses, log, save), folder)
+        run_training(arguments, lambda: train(arguments, loaded, arm.ttt, list(trained.values()), optimizer, dataset, first, losses, log, save), folder)
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
           f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,D_distractor' if arguments.joint else ''}")
 

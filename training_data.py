@@ -83,9 +83,9 @@ class BankDataset(Dataset):
         memories = self.conversations // group
         return rng, prose, group, max(1, memories // 2) if prose else memories
 
-    def seen(self, updates: int) -> int:
-        """Rows in the first so many updates."""
-        return sum(group * memories for _, _, group, memories in map(self.shape, range(updates)))
+    def seen(self, first: int, end: int) -> int:
+        """Rows in the updates from first to before end."""
+        return sum(group * memories for _, _, group, memories in map(self.shape, range(first, end)))
 
     def __getitem__(self, update: int) -> Batch:
         rng, prose, group, memories = self.shape(update)
@@ -200,9 +200,9 @@ class TextDataset(Dataset):
     def __len__(self) -> int:
         return self.updates
 
-    def seen(self, updates: int) -> int:
-        """Rows in the first so many updates."""
-        return self.conversations * updates
+    def seen(self, first: int, end: int) -> int:
+        """Rows in the updates from first to before end."""
+        return self.conversations * (end - first)
 
     def __getitem__(self, update: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/{update}")

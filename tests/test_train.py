@@ -1,4 +1,5 @@
 """Training: the gradient goes through the write and nowhere else, and what a run leaves can be used, resumed and repeated."""
+import itertools
 import json
 import math
 import os
@@ -463,6 +464,16 @@ def test_an_arm_goes_on_from_another(objective, more, tmp_path, call):
             assert one.keys() == two.keys() and all(torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one)
 
 
+def test_an_arm_goes_on_in_the_data_too(tmp_path, call):
+    """Three arms, each from the one before, see what one arm sees in as many updates; nothing is learned, so their losses are equal too."""
+    for name, updates, start in (("whole", 4, None), ("first", 2, None), ("second", 1, "first"), ("third", 1, "second")):
+        assert call(command(tmp_path / name, *(["--start", tmp_path / start / "a"] if start else []), "--lr", "1e-9", updates=updates))[0] == 0
+    losses = {name: [json.loads(line)["loss"] for line in (tmp_path / name / "a/train.jsonl").open(encoding="utf-8")] for name in ("whole", "first", "second", "third")}
+    assert losses["first"] + losses["second"] + losses["third"] == pytest.approx(losses["whole"], rel=1e-3)
+    assert min(abs(a - b) for a, b in itertools.combinations(losses["whole"], 2)) > 3e-3 * losses["whole"][0]  # so another order would show
+    assert [read_manifest(tmp_path / name / "a")["start"]["updates"] for name in ("second", "third")] == [2, 3]
+
+
 @pytest.mark.parametrize("more, named", [(["--value-rank", "0"], "other settings (value_rank)"), (["--seed", "3"], None)])
 def test_an_arm_of_other_settings_is_no_start(more, named, tmp_path, call):
     assert call(command(tmp_path / "first", updates=1))[0] == 0
@@ -639,18 +650,17 @@ def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
     assert manifest["lora"] == (None if config else arms.LORA) and manifest["data"] == arguments.data
 
 
-@pytest.mark.parametrize("memory, ceiling, more", [("smollm2-deep", "smollm2-tuned", ()),  # a docstring of the bank differs (DECISIONS.md, 43)
-                                                   ("qwen-deep", "qwen-tuned", ("data_sha256",))])
-def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(memory, ceiling, more):
+@pytest.mark.parametrize("memory, ceiling", [("smollm2-deep", "smollm2-tuned"), ("qwen-deep", "qwen-tuned")])
+def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(memory, ceiling):
     """It reads what is in front of it and needs fewer examples: of what its loss falls in all, the last quarter of the updates brings under 4%."""
     one, other = [json.loads((ROOT / f"checkpoints/{arm}/manifest.json").read_text(encoding="utf-8")) for arm in (memory, ceiling)]
-    for field in ("data", "langs", "seed", "model_sha256", *more):
+    for field in ("data", "data_sha256", "langs", "seed", "model_sha256"):
         assert one[field] == other[field], field
     losses = [row["loss"] for row in log_rows(ROOT / "checkpoints" / ceiling)]
     assert len(losses) == other["updates"]
     eighth = len(losses) // 8
     first, late, last = (sum(losses[i * eighth:(i + 1) * eighth]) / eighth for i in (0, 5, 7))
-    assert late - last < 0.04 * (first - last) and last < 0.1
+    assert late - last < 0.04 * (first - last) and last < 0.15
 
 
 # ---- random weights at full size ----

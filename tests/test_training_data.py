@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import prompts
 import training_bank
 import training_data
+from bank_talk import Plan
+from bank_values import load_bank
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, file_sha256
 from model_utils import MODELS
@@ -191,7 +193,7 @@ def test_the_size_of_a_memory_is_drawn_and_every_second_group_holds_prose():
         sizes.add(batch.group)
         silent = [i for i, example in enumerate(batch.examples) if not example.pairs]
         rows = 8 if update % 4 == 3 else 16  # rows with prose in the text are longer
-        assert len(batch.examples) == rows == dataset.seen(update + 1) - dataset.seen(update)
+        assert len(batch.examples) == rows == dataset.seen(update, update + 1)
         assert [i // batch.group for i in silent] == ([n for n in range(rows // batch.group) if n // 2 % 2 == 0] if batch.group > 1 else [])
         # a memory speaks one language, its prose too, and both languages meet prose
         assert all(is_chinese(example.written) == bool(i // batch.group % 2) for i, example in enumerate(batch.examples))
@@ -240,7 +242,7 @@ def test_foreign_rows_ask_about_what_no_memory_holds():
 def test_groups_of_one_topic_tell_of_the_same_relations():
     rng, shared = random.Random(3), []
     for topics in (None, training_bank.draw_topics(rng, "en")):
-        kinds = [{f["fact_text"].split(" ")[-3] for f in training_bank.sample_conversation(rng, "en", topics=topics, n_facts=10)["facts"]} for _ in range(20)]
+        kinds = [{f.relation["id"] for f in Plan(load_bank("en"), rng, "train", 10, topics).facts} for _ in range(20)]
         shared.append(sum(len(one & two) for one in kinds for two in kinds if one is not two))
     assert shared[1] > 2 * shared[0]
 
