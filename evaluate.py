@@ -94,6 +94,7 @@ def score(row):
     row["f1"] = f1(row["prediction"], answers, lang)
     row["degenerate"] = float(degenerate(row["prediction"], lang))
     row["name_or_code"] = is_name_or_code(row["gold"])
+    row.setdefault("memory_bytes", None)  # rows of before it was kept
 
 
 # --- report ---------------------------------------------------------------------------------------------------
@@ -124,6 +125,7 @@ def score_cell(rows, settings):
         "samples": len({row["sample_id"] for row in rows}),
         "em_by_seed": {str(seed): mean([row for row in rows if row["seed"] == seed], "em") for seed in seeds},
         "degenerate": mean(rows, "degenerate"), "update_norm": mean(rows, "update_norm"),
+        "memory_bytes": mean(rows, "memory_bytes"),
         **breakdowns(rows, settings)}
 
 
@@ -187,6 +189,16 @@ def examples_of(rows, settings):
     return drawn
 
 
+def kv_bytes(runs):
+    """{language: bytes of the base's KV cache for what B_memory wrote on level 1, mean over the probes}, of the runs that say what a token takes."""
+    sizes = defaultdict(list)
+    for run in runs:
+        for row in run["predictions"]:
+            if row["condition"] == "B_memory" and row["level"] == 1 and run.get("kv_bytes_per_token"):
+                sizes[row["lang"]].append(row["tokens_written"] * run["kv_bytes_per_token"])
+    return {lang: rounded(math.fsum(values) / len(values)) for lang, values in sizes.items()}
+
+
 def arm_report(model, arm, runs, settings):
     """The report's entry of one arm; its tables are keyed by name, then level, then language."""
     rows, parts = [row for run in runs for row in run["predictions"]], {}
@@ -195,7 +207,7 @@ def arm_report(model, arm, runs, settings):
     shown = ("name", "commit", "command", "seed", "device", "dtype", "versions", "complete")
     entry = {"arm": arm, "model": model, "frozen": runs[0]["frozen"], "objective": runs[0]["objective"],
              "seeds": sorted({run["seed"] for run in runs}, key=str), "complete": all(run["complete"] for run in runs),
-             "snapshot_of": runs[0].get("snapshot_of"), "conversations_seen": runs[0].get("conversations_seen"),  # runs from before have neither
+             "kv_bytes": kv_bytes(runs), "snapshot_of": runs[0].get("snapshot_of"), "conversations_seen": runs[0].get("conversations_seen"),  # runs from before have neither
              "conditions": {}, "ratios": {}, "tests": {}, "pooled_levels": pooled_levels(rows, settings), "b_vs_d": {},
              "examples": examples_of(rows, settings),
              "runs": [{name: run[name] for name in shown} for run in runs]}

@@ -105,6 +105,11 @@ class LayerMemory:
         """[B, S, F], whether or not they are kept as codes."""
         return expand(self.keys, self.sizes)
 
+    def row_nbytes(self) -> torch.Tensor:
+        """Bytes of each row, [B], int64; a slot whose value is zero is none."""
+        each = sum(t[0, 0].numel() * t.element_size() for t in self.tensors().values())  # of a slot, or of a line of a dense update
+        return each * (torch.full((self.batch,), self.update.shape[1], device=self.update.device) if self.is_dense else (self.values != 0).any(-1).sum(1))
+
     def read(self, query_NLF: torch.Tensor) -> torch.Tensor:
         """query dW^T, [N, L, F] (or codes, [N, L, K]) -> [N, L, D] in the memory's dtype.
 
@@ -270,6 +275,10 @@ class Memory:
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in layer.tensors().values())
+
+    def row_nbytes(self) -> torch.Tensor:
+        """Bytes of each row's own memory, [B], int64: what nbytes() would be of that row alone, without the empty slots of a batch."""
+        return torch.stack([layer.row_nbytes() for layer in self.layers.values()]).sum(0)
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         named = {f"{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}

@@ -225,23 +225,32 @@ def b_vs_d(report):
 
 def memory_curves(report):
     """Exact match against what one memory has to hold and what is kept of it, a line per arm and language."""
-    lines = [[(arm, lang, points) for arm, lang in panels_of(report) for points in [curve_points(arm, lang, level, steps)]
-              if len(points) > 1] for _, level, steps in CURVES]
-    curves = [(*curve, drawn) for curve, drawn in zip(CURVES, lines) if drawn]
-    if not curves:
+    panels = [(what, level, steps, [(arm, lang, points) for arm, lang in panels_of(report)
+                                    for points in [curve_points(arm, lang, level, steps)] if len(points) > 1]) for what, level, steps in CURVES]
+    what, level, steps, cut = panels[-1]  # the ranks, drawn once more against their bytes
+    sized = [(arm, lang, {cell["memory_bytes"]: cell for cell in points.values() if cell["memory_bytes"]}) for arm, lang, points in cut]
+    panels.append(("bytes of one memory, cut to these ranks\n(dotted: KV cache of the same text)", level, None, [line for line in sized if len(line[2]) > 1]))
+    panels = [panel for panel in panels if panel[3]]
+    if not panels:
         return None
-    everybody = list(dict.fromkeys((arm["model"], arm["arm"], lang) for *_, drawn in curves for arm, lang, _ in drawn))
-    figure = Figure(figsize=(3.9 * max(2, len(curves)), 4.2 + 0.11 * len(everybody)))
+    everybody = list(dict.fromkeys((arm["model"], arm["arm"], lang) for *_, drawn in panels for arm, lang, _ in drawn))
+    figure = Figure(figsize=(3.9 * max(2, len(panels)), 4.2 + 0.11 * len(everybody)))
     figure.suptitle("Exact match against what a memory holds and keeps (bars: 95% bootstrap over conversations)")
-    axes = figure.subplots(1, len(curves), squeeze=False)[0]
-    for ax, (what, level, steps, drawn) in zip(axes, curves):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (what, level, steps, drawn) in zip(axes, panels):
         for arm, lang, points in drawn:
             index = everybody.index((arm["model"], arm["arm"], lang))  # the same colour in every panel
+            style = line_style(index)
             ax.errorbar(list(points), [cell["em"] for cell in points.values()], error_bars(points.values()), marker=MARKERS[index % len(MARKERS)],
-                        markersize=4, linewidth=1, capsize=2, label=f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]}", **line_style(index))
+                        markersize=4, linewidth=1, capsize=2, label=f"{arm['model']}, {arm_text(arm)}, {LANGUAGES[lang]}", **style)
+            if steps is None and lang in arm["kv_bytes"]:
+                ax.axvline(arm["kv_bytes"][lang], color=style["color"], linewidth=1, linestyle=":")
         em_axis(ax)
-        ax.set_xticks(range(len(steps)), [label for label, _ in steps])
-        ax.set_xlim(-0.4, len(steps) - 0.6)
+        if steps is None:
+            ax.set_xscale("log")
+        else:
+            ax.set_xticks(range(len(steps)), [label for label, _ in steps])
+            ax.set_xlim(-0.4, len(steps) - 0.6)
         ax.set_xlabel(what)
         ax.set_title(f"level {level} (n = {span([cell['n'] for *_, points in drawn for cell in points.values()])})")
     shared_legend(figure, axes, key=None, ncols=2, fontsize=8)

@@ -155,11 +155,11 @@ def load_curves(runs):
     folders = {run.get(field): run for run in runs for field in ("tuned_adapter", "adapter") if run.get(field)}
     for folder, run in sorted(folders.items()):
         path = Path(folder) / "train.jsonl"
+        name = path.parent.name + (f" (seed {run['seed']})" if run["seed"] else "")  # an arm's seeds lie in folders of one name
         if path.is_file():
-            label = f"{path.parent.name} on {run['model']}"
-            curves[label] = [row for _, row in read_lines(path, CURVE_FIELDS, mend)]
+            curves[f"{name} on {run['model']}"] = [row for _, row in read_lines(path, CURVE_FIELDS, mend)]
         else:
-            notes.append(f"{path}: no such file, so no training curve of {path.parent.name}")
+            notes.append(f"{path}: no such file, so no training curve of {name}")
     return {label: rows for label, rows in curves.items() if rows}, notes
 
 

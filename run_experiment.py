@@ -202,10 +202,10 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts) -> li
     with reading(ttt, memory) as session:
         logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(job.width), session)
         predictions = greedy(model, tokenizer, logits, past, MAX_NEW_TOKENS, session)
-    norms = memory.update_norm().tolist() if memory else None
+    norms, sizes = (memory.update_norm().tolist(), memory.row_nbytes().tolist()) if memory else (None, None)
     rows = []
     for i, (sample, probes) in enumerate(zip(job.samples, job.probes)):
-        wrote = (int(memory.tokens[i]), int(memory.chunks[i]), round(norms[i], 6)) if memory else (0, 0, None)
+        wrote = (int(memory.tokens[i]), int(memory.chunks[i]), round(norms[i], 6), sizes[i]) if memory else (0, 0, None, None)
         for j, probe in enumerate(probes):
             k = i * job.width + j
             rows.append(row(job.condition, sample, probe, predictions[k], before[i] + len(tails[k]), wrote))
@@ -219,7 +219,7 @@ def row(condition: Condition, sample: dict, probe: dict, prediction: str, prompt
     return {"sample_id": sample["sample_id"], "level": sample["level"], "lang": sample["lang"], "probe_id": probe["probe_id"],
             "condition": condition.name, "question": probe["question"], "gold": probe["gold_answer"],
             "aliases": probe.get("aliases", []), "prediction": prediction, "prompt_tokens": prompt_tokens,
-            "tokens_written": wrote[0], "chunks_written": wrote[1], "update_norm": wrote[2],
+            "tokens_written": wrote[0], "chunks_written": wrote[1], "update_norm": wrote[2], "memory_bytes": wrote[3],
             "category": fact["category"], "position": position(fact, sample)}
 
 
@@ -229,6 +229,13 @@ def position(fact: dict, sample: dict) -> str | None:
         return None
     middle = sum(fact["span"]) / 2 / len(sample["conversation"])
     return ("front", "middle", "back")[min(int(middle * 3), 2)]
+
+
+def kv_bytes_per_token(model) -> int:
+    """Bytes that a token takes in the base's KV cache, in the base's dtype: what a memory saves is measured against it."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
 
 
 # ---- the run folder ----
@@ -332,7 +339,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     report = {"arm": arm, "model": loaded.row.name, "model_sha256": loaded.sha256, "model_source": loaded.source,
               "frozen": manifest.get("frozen", True), "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"),
               "snapshot_of": manifest.get("snapshot_of"), "conversations_seen": manifest.get("conversations_seen"),
-              "base_parameters": base_parameters,
+              "base_parameters": base_parameters, "kv_bytes_per_token": kv_bytes_per_token(loaded.model),
               "adapter": arguments.adapter, "adapter_sha256": mine["adapter_sha256"],
               "tuned_adapter": arguments.tuned_adapter, "tuned_adapter_sha256": mine["tuned_adapter_sha256"],
               "benchmark": {"file": arguments.benchmark, "sha256": mine["benchmark_sha256"]},

@@ -268,6 +268,53 @@ def test_figures_are_written_and_not_blank(drawn, langs, arms):
         assert edge.min() > 0.9                                   # nothing runs over the border
 
 
+def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
+    rows = make_rows(0, ["en"], {"B_memory": 0.9, "B_rank_16": 0.6, "B_rank_4": 0.1})
+    sizes = {"B_memory": 5000, "B_rank_16": 3000, "B_rank_4": 800}
+    make_run(drawn, rows=[row | {"memory_bytes": sizes[row["condition"]], "tokens_written": 10} for row in rows], conditions=list(sizes), kv_bytes_per_token=700)
+    assert score("--quiet") == 0
+    report = report_of(drawn)
+    assert report["arms"][0]["kv_bytes"] == {"en": 7000}
+    *_, axes = evaluate.plots.memory_curves(report).axes
+    (line,) = axes.containers
+    assert sorted(line[0].get_xdata()) == [800, 3000, 5000] and axes.get_xscale() == "log" and "KV cache" in axes.get_xlabel()
+    assert [list(mark.get_xdata()) for mark in axes.lines if mark.get_linestyle() == ":"] == [[7000, 7000]]
+
+
+def test_the_seeds_of_an_arm_have_a_training_curve_each(drawn, capsys):
+    for seed in (0, 1, 2):
+        make_run(drawn, f"r{seed}", make_rows(seed, ["en"]), train=seed < 2, seed=seed, adapter=f"adapters/seed{seed}/a", adapter_sha256=str(seed))
+    curves, notes = evaluate.load_curves([evaluate.load_run(drawn / f"results/r{seed}", False) for seed in (0, 1, 2)])
+    assert list(curves) == ["a on tiny", "a (seed 1) on tiny"] and all(len(rows) == 200 for rows in curves.values())
+    assert len(notes) == 1 and "no training curve of a (seed 2)" in notes[0]
+
+
+def test_training_and_size_have_their_figures(drawn):
+    """An arm and its snapshot are one line; a base's size counts for all runs of its weights; a base with random weights has a place alone."""
+    small, large = {"model": "small", "model_sha256": "s"}, {"model": "large", "model_sha256": "l"}
+    make_run(drawn, "a", make_rows(0, ["en"]), arm="a", conversations_seen=800, base_parameters=10 ** 8, **small)
+    make_run(drawn, "a-at-100", make_rows(1, ["en"]), arm="a-at-100", snapshot_of="a", conversations_seen=100, base_parameters=10 ** 8, **small)
+    make_run(drawn, "b", make_rows(2, ["en"], {"B_memory": 0.5, "A_context": 0.9}), arm="b", **large)  # of before the size was kept
+    make_run(drawn, "c", make_rows(3, ["en"], {"C_nothing": 0.1}), arm="c", base_parameters=5 * 10 ** 8, **large)
+    (drawn / "results/exercise").mkdir()
+    for name, parameters in (("huge", 8 * 10 ** 9), ("tiny", 10 ** 7)):
+        (drawn / f"results/exercise/{name}.json").write_text(json.dumps({"model": name, "parameters": parameters, "scored": False}))
+    assert score("--quiet") == 0
+    for name in ("em_by_training", "kept_by_size"):
+        pixels = matplotlib.image.imread(drawn / f"results/figures/{name}.png")[..., :3]
+        edge = np.concatenate([pixels[:, :2].ravel(), pixels[:, -2:].ravel(), pixels[:2].ravel(), pixels[-2:].ravel()])
+        assert edge.min() > 0.9 and (np.ptp(pixels, axis=2) > 0.2).mean() > 0.0005
+    report = report_of(drawn)
+    em = {arm["arm"]: arm["conditions"].get("B_memory", {}).get("1", {}).get("en", {}).get("em") for arm in report["arms"]}
+    (line,) = evaluate.plots.em_by_training(report).axes[0].containers
+    assert [*zip(*line[0].get_data())] == [(100, em["a-at-100"]), (800, em["a"])]
+    axes = evaluate.plots.kept_by_size(report).axes[0]
+    places = {line.get_label().split(",")[1].strip(): (line[0].get_xdata()[0], line[0].get_markerfacecolor()) for line in axes.containers}
+    assert set(places) == {"a", "a-at-100", "b"} and places["b"] == (5 * 10 ** 8, "none") != places["a"][1]  # hollow: no fair ceiling
+    assert all(x == pytest.approx(10 ** 8, rel=0.1) for x, _ in (places["a"], places["a-at-100"]))
+    assert [text.get_text() for text in axes.texts] == ["huge: not scored"]
+
+
 def test_a_figure_without_data_is_not_made_and_an_old_one_goes(drawn, capsys):
     make_run(drawn, rows=make_rows(0, conditions={"A_context": 0.5, "C_nothing": 0.0}), adapter="checkpoints/gone")
     old = drawn / "results/figures/training_curve.png"

@@ -208,6 +208,13 @@ def test_nbytes_counts_what_is_held():
     assert make(dense=True).nbytes() == 2 * 3 * D * F * 4
 
 
+def test_a_rows_bytes_are_those_it_has_alone():
+    """In a batch a short row has empty slots; they are no part of its memory."""
+    memories = [make(rows=1, slots=n, seed=n, keys_dtype=torch.bfloat16) for n in (1, 4, 2)]
+    assert Memory.stack(memories).row_nbytes().tolist() == [m.nbytes() for m in memories] == [2 * n * (F * 2 + D * 4) for n in (1, 4, 2)]
+    assert make(dense=True).row_nbytes().tolist() == [2 * D * F * 4] * 3 and make().scale(0.0).row_nbytes().tolist() == [0, 0, 0]
+
+
 def test_the_smaller_form_is_chosen_at_the_break_even():
     # s (F + D) numbers against F D = 60: three slots are 48, four are 64
     assert not make(slots=3).layers[1].smaller_form().is_dense

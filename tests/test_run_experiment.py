@@ -32,7 +32,7 @@ from train_minimal import LORA
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = byte_tokenizer()
 FIELDS = {"sample_id", "level", "lang", "probe_id", "condition", "question", "gold", "aliases", "prediction", "prompt_tokens",
-          "tokens_written", "chunks_written", "update_norm", "category", "position"}
+          "tokens_written", "chunks_written", "update_norm", "memory_bytes", "category", "position"}
 THINGS = ("kettle", "ladder", "violin", "parcel", "old red bicycle", "map", "tent", "wheelbarrow", "lamp")
 PLACES = ("attic", "cellar", "greenhouse", "boot room", "shed", "hall", "loft", "tower", "barn behind the mill")
 CHUNK = 16
@@ -271,7 +271,7 @@ def test_rows_have_exactly_the_documented_fields(whole):
     kinds = {"level": int, "aliases": list, "prompt_tokens": int, "tokens_written": int, "chunks_written": int}
     for row in whole.rows:
         assert set(row) == FIELDS
-        assert all(type(row[name]) is kinds.get(name, str) for name in FIELDS - {"update_norm", "position"})
+        assert all(type(row[name]) is kinds.get(name, str) for name in FIELDS - {"update_norm", "memory_bytes", "position"})
         assert row["prediction"] == row["prediction"].strip() and "\n" not in row["prediction"]
 
 
@@ -305,9 +305,9 @@ def test_tokens_and_chunks_written_are_the_texts(whole):
         s, what = whole.samples[row["sample_id"]], CONDITIONS[condition].written
         tokens = {None: 0, "conversation": len(s["conversation"]), "distractor": len(s["conversation"]) + 2 + len(s["distractor"] or "")}
         if what is None:
-            assert (row["tokens_written"], row["chunks_written"], row["update_norm"]) == (0, 0, None)
+            assert (row["tokens_written"], row["chunks_written"], row["update_norm"], row["memory_bytes"]) == (0, 0, None, None)
         elif what in tokens:
-            assert (row["tokens_written"], row["chunks_written"]) == (tokens[what], -(-tokens[what] // CHUNK)) and row["update_norm"] > 0
+            assert (row["tokens_written"], row["chunks_written"]) == (tokens[what], -(-tokens[what] // CHUNK)) and row["update_norm"] > 0 < row["memory_bytes"]
 
 
 def test_noise_has_the_norm_of_the_memory_and_not_its_answers(whole):
@@ -349,6 +349,8 @@ def test_run_json_has_what_is_needed_to_repeat_the_run(whole, kit):
     assert run["command"].startswith("python run_experiment.py --out") and run["batch_size"] == 16 and "torch" in run["versions"] and run["commit"]
     assert run["base_parameters"] == load_model(model).parameters and run["snapshot_of"] is None
     assert run["conversations_seen"] == 12
+    config = load_model(model).model.config
+    assert run["kv_bytes_per_token"] == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
 
 
 # ---- what may not make a difference ----
