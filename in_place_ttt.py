@@ -10,8 +10,8 @@ layer writes one outer product per token and reads the sum of all finished chunk
                     update's share is read with the token's query in place of h_i
 
 u = 1, except with unit targets: there x is taken at unit RMS and u is the RMS of W_down's entries, or (calibrated) of the
-residual stream at the layer, so that one step size suits bases whose activations and weights differ in size by orders of
-magnitude. Options change the write:
+residual stream at the layer as the MLP's output meets it (behind a norm of its own, where the base has one), so that one step size
+suits bases whose activations and weights differ in size by orders of magnitude. Options change the write:
 
     ridge    the whole text's values are solved for instead of summed: dW minimises
              sum_i eta g_i |(W + dW) k_i - u t_i P|^2 + lambda |dW|^2, W being the memory before this text (kernel ridge regression)
@@ -40,6 +40,9 @@ from fast_weight import FastWeight, TTTConfig, drawer
 from memory import Memory
 from sessions import Reader, Writer
 from side_stream import SideStream
+
+
+POST_NORM = "post_feedforward_layernorm"  # Gemma's and OLMo's: what an MLP gives is brought to one size before the residual stream takes it
 
 
 class TTTMLP(nn.Module):
@@ -157,17 +160,20 @@ class InPlaceTTT(nn.Module):
     @torch.no_grad()
     def calibrate(self, model: nn.Module, ids_1L: torch.Tensor) -> None:
         """Fit each TTT layer's scales to the base on one text: the value unit becomes the median RMS of the residual stream behind
-        the layer, and the codes are centred, so that tokens share no direction in them. The first token, often of another
-        size by orders of magnitude, is left out."""
-        inputs = {}
-        hooks = [self._decoder[0].layers[i].mlp.base.register_forward_pre_hook(
-            lambda module, args, i=i: inputs.__setitem__(i, args[0])) for i in self.config.layers]
+        the layer, over the gain of the norm that some bases have between the MLP and the stream, and the codes are centred, so that
+        tokens share no direction in them. The first token, often of another size by orders of magnitude, is left out."""
+        inputs, gains = {}, {}
+        layers = {i: self._decoder[0].layers[i] for i in self.config.layers}
+        rms_L = lambda t_1LD: t_1LD[0, 1:].float().pow(2).mean(-1).sqrt()
+        hooks = [layer.mlp.base.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0])) for i, layer in layers.items()]
+        hooks += [getattr(layer, POST_NORM).register_forward_hook(lambda module, args, out, i=i: gains.__setitem__(i, (rms_L(out) / rms_L(args[0])).median().item()))
+                  for i, layer in layers.items() if hasattr(layer, POST_NORM)]
         states = model.get_decoder()(input_ids=ids_1L, use_cache=False, output_hidden_states=True).hidden_states
         for hook in hooks:
             hook.remove()
         for i in self.config.layers:  # states[0] is the embeddings; the last entry is behind the final norm, so the one before serves
-            state_LD, fast = states[min(i + 1, len(states) - 2)][0, 1:].float(), self.fast[str(i)]
-            fast.value_unit.fill_(state_LD.pow(2).mean(-1).sqrt().median().item())
+            fast = self.fast[str(i)]
+            fast.value_unit.fill_(rms_L(states[min(i + 1, len(states) - 2)]).median().item() / gains.get(i, 1.0))
             if self.config.codes:
                 fast.centre(inputs[i][0, 1:])
 

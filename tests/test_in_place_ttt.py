@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import decoding
 from decoding import prefill, write_rows
-from fast_weight import code_sizes
+from fast_weight import EMBED_SHARE, code_sizes
 from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
 from memory import Memory, expand, meets, tensors_digest
 from sessions import Pending
@@ -677,9 +677,35 @@ def test_calibration_measures_the_residual_stream_and_centres_the_codes(family):
             run(family.model, ids, mask)
             spy.remove()
             fast, rms = ttt.fast[str(i)], states[i + 1][0, 1:].pow(2).mean(-1).sqrt()
-            assert fast.value_unit.item() == pytest.approx(rms.median().item(), rel=1e-6) and "value_unit" in fast.state_dict()
+            norm = getattr(family.model.get_decoder().layers[i], "post_feedforward_layernorm", None)
+            gain = 1.0 if norm is None else (norm(spy.output).pow(2).mean(-1) / spy.output.pow(2).mean(-1)).sqrt()[0, 1:].median().item()
+            assert fast.value_unit.item() == pytest.approx(rms.median().item() / gain, rel=1e-6) and "value_unit" in fast.state_dict()
             codes = fast.scaled(spy.x[0, 1:]) @ fast.key_code + fast.key_bias
             assert codes.mean(0).abs().max() < 1e-6 < codes.abs().max()
+    finally:
+        ttt.detach()
+
+
+def test_a_calibrated_write_starts_at_the_same_share_of_every_bases_stream(family):
+    """What is added to the MLP's output at that size reaches the residual stream as that share, whatever norm stands between."""
+    ttt = InPlaceTTT(family.model, TTTConfig((2,), None, codes=True, unit_targets=True, calibrated=True, blind=True)).double()
+    ids, _ = batch_of(token_rows((30,)))
+    generator = torch.Generator().manual_seed(0)
+    states = lambda: family.model.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[3][0, 1:]
+    layer = family.model.get_decoder().layers[2]
+    try:
+        for size in (1.0, 30.0):
+            with torch.no_grad():
+                family.model.get_input_embeddings().weight.mul_(size)
+            ttt.calibrate(family.model, ids)
+            before = states()
+            added = EMBED_SHARE * ttt.fast["2"].value_unit * torch.randn(before.shape[1], generator=generator, dtype=torch.float64)
+            hook = layer.mlp.register_forward_hook(lambda module, args, out: out + added)
+            moved = (states() - before).pow(2).mean(-1).sqrt() / before.pow(2).mean(-1).sqrt()
+            hook.remove()
+            with torch.no_grad():
+                family.model.get_input_embeddings().weight.div_(size)
+            assert 0.3 * EMBED_SHARE < moved.median() < 2 * EMBED_SHARE, size
     finally:
         ttt.detach()
 
