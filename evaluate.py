@@ -220,6 +220,12 @@ def arm_report(model, arm, runs, settings):
     return entry
 
 
+def facts_of(path):
+    """Facts that a level-1 conversation tells, in the mean; None where there is none."""
+    counts = [len(sample["facts"]) for sample in benchmark_file.load_benchmark(path)["samples"] if sample["level"] == 1]
+    return rounded(sum(counts) / len(counts)) if counts else None
+
+
 def unscored():
     """{model: parameters} of the bases that were run at full size with random weights alone (exercise.py), smallest first."""
     mend = "run exercise.py again, or remove the file"
@@ -239,7 +245,7 @@ def build_report(runs, settings):
             for (model, arm), group in groups.items()]
     path, sha256 = Path(runs[0]["benchmark"]["file"]), runs[0]["benchmark"]["sha256"]
     unchanged = benchmark_file.sha256_of(path) == sha256 if path.is_file() else None
-    return {"benchmark": {"file": path.name, "sha256": sha256, "unchanged": unchanged},
+    return {"benchmark": {"file": path.name, "sha256": sha256, "unchanged": unchanged, "facts": facts_of(path) if unchanged else None},
             "commit": ", ".join(sorted({run["commit"] for run in runs})),
             "bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "arms": arms, "unscored": unscored()}
 

@@ -230,6 +230,9 @@ def memory_curves(report):
     what, level, steps, cut = panels[-1]  # the ranks, drawn once more against their bytes
     sized = [(arm, lang, {cell["memory_bytes"]: cell for cell in points.values() if cell["memory_bytes"]}) for arm, lang, points in cut]
     panels.append(("bytes of one memory, cut to these ranks\n(dotted: KV cache of the same text)", level, None, [line for line in sized if len(line[2]) > 1]))
+    if report["benchmark"]["facts"]:  # what a conversation counts for
+        what, level, steps, drawn = panels[0]
+        panels[0] = (f"{what}\n(facts)", level, [(f"{label}\n({float(label) * report['benchmark']['facts']:.0f})", name) for label, name in steps], drawn)
     panels = [panel for panel in panels if panel[3]]
     if not panels:
         return None

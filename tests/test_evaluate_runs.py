@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import benchmark_file
 import evaluate
 from intervals import RATIOS
 
@@ -279,6 +280,17 @@ def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
     (line,) = axes.containers
     assert sorted(line[0].get_xdata()) == [800, 3000, 5000] and axes.get_xscale() == "log" and "KV cache" in axes.get_xlabel()
     assert [list(mark.get_xdata()) for mark in axes.lines if mark.get_linestyle() == ":"] == [[7000, 7000]]
+
+
+def test_merged_memories_are_drawn_by_the_facts_they_hold(drawn):
+    bench = benchmark_file.load_benchmark(evaluate.__file__.replace("evaluate.py", "benchmark_v1.json"))
+    bench["samples"] = [sample for sample in bench["samples"] if sample["level"] == 1][:3]
+    (drawn / "benchmark_v1.json").write_text(json.dumps(bench), encoding="utf-8")
+    make_run(drawn, benchmark={"file": "benchmark_v1.json", "sha256": benchmark_file.sha256_of(drawn / "benchmark_v1.json")})
+    assert score("--quiet") == 0
+    facts = sum(len(sample["facts"]) for sample in bench["samples"]) / 3
+    axes = evaluate.plots.memory_curves(report_of(drawn)).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [f"{n}\n({n * facts:.0f})" for n in (1, 2, 4, 8)]
 
 
 def test_the_seeds_of_an_arm_have_a_training_curve_each(drawn, capsys):
