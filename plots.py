@@ -114,7 +114,8 @@ def em_by_condition(report):
 
 
 def label_order(label):
-    return condition_order(label.split(" ")[0])
+    """Sort key of "B_memory (L12)": its condition's place, then the label, so that no order depends on the run."""
+    return *condition_order(label.split(" ")[0]), label
 
 
 def line_style(index):

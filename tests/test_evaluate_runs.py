@@ -1,7 +1,10 @@
 """evaluate.py as a user runs it on folders of results: report, tables, figures, and every kind of bad input."""
 import copy
 import json
+import os
 import random
+import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -280,6 +283,18 @@ def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
     (line,) = axes.containers
     assert sorted(line[0].get_xdata()) == [800, 3000, 5000] and axes.get_xscale() == "log" and "KV cache" in axes.get_xlabel()
     assert [list(mark.get_xdata()) for mark in axes.lines if mark.get_linestyle() == ":"] == [[7000, 7000]]
+
+
+def test_figures_and_tables_do_not_depend_on_the_run(drawn):
+    """Two processes whose sets have other orders, on arms whose conditions ran on different levels."""
+    make_run(drawn, "a", make_rows(0, ["en"]), arm="a")
+    make_run(drawn, "b", [row for row in make_rows(1, ["en"]) if row["level"] < 3], arm="b")
+    outputs = []
+    for seed in ("1", "7"):
+        subprocess.run([sys.executable, evaluate.__file__, "--quiet", "--resamples", "100"], check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        files = [drawn / "RESULTS.md", drawn / "results/report.json", *sorted((drawn / "results/figures").iterdir())]
+        outputs.append({path.name: path.read_bytes() for path in files})
+    assert outputs[0] == outputs[1] and len(outputs[0]) > 6
 
 
 def test_merged_memories_are_drawn_by_the_facts_they_hold(drawn):
