@@ -49,10 +49,10 @@ class Plan:
         raise BankError(f"{bank.path}: no {n_facts} different facts found; add relations or ask for fewer facts")
 
     def new_name(self, kind):
-        """A name that shares no word with any other of this conversation."""
+        """A name that neither holds nor is held by another name of this conversation, and is no value of it."""
         for _ in range(MAX_TRIES):
             name = self.bank.draw(kind, self.split, self.rng)
-            if not any(name.casefold() in other or other in name.casefold() for other in self.names):
+            if name.casefold() not in self.values and not any(name.casefold() in other or other in name.casefold() for other in self.names):
                 self.names.add(name.casefold())
                 return name
         raise BankError(f"{self.bank.path}: kinds.{kind} has too few names; add syllables")
@@ -92,7 +92,7 @@ class Plan:
             return self.new_name(relation["value"])
         for _ in range(MAX_TRIES):
             value = self.bank.draw(relation["value"], self.split, self.rng)
-            if value.casefold() not in self.values:
+            if value.casefold() not in self.values | self.names:
                 self.values.add(value.casefold())
                 return value
         return None

@@ -226,11 +226,11 @@ def facts_of(path):
     return rounded(sum(counts) / len(counts)) if counts else None
 
 
-def unscored():
+def unscored(scored):
     """{model: parameters} of the bases that were run at full size with random weights alone (exercise.py), smallest first."""
     mend = "run exercise.py again, or remove the file"
     runs = [parse_object(read_text(path, mend), path, {"model": (str,), "parameters": (int,)}, mend) for path in sorted(Path("results/exercise").glob("*.json"))]
-    return {run["model"]: run["parameters"] for run in sorted(runs, key=lambda run: run["parameters"])}
+    return {run["model"]: run["parameters"] for run in sorted(runs, key=lambda run: run["parameters"]) if run["model"] not in scored}
 
 
 def build_report(runs, settings):
@@ -247,7 +247,7 @@ def build_report(runs, settings):
     unchanged = benchmark_file.sha256_of(path) == sha256 if path.is_file() else None
     return {"benchmark": {"file": path.name, "sha256": sha256, "unchanged": unchanged, "facts": facts_of(path) if unchanged else None},
             "commit": ", ".join(sorted({run["commit"] for run in runs})),
-            "bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "arms": arms, "unscored": unscored()}
+            "bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "arms": arms, "unscored": unscored({arm["model"] for arm in arms})}
 
 
 # --- command line ---------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class LayerMemory:
 
     def row_nbytes(self) -> torch.Tensor:
         """Bytes of each row, [B], int64; a slot whose value is zero is none."""
-        each = sum(t[0, 0].numel() * t.element_size() for t in self.tensors().values())  # of a slot, or of a line of a dense update
+        each = sum(t.shape[2:].numel() * t.element_size() for t in self.tensors().values())  # of a slot, or of a line of a dense update
         return each * (torch.full((self.batch,), self.update.shape[1], device=self.update.device) if self.is_dense else (self.values != 0).any(-1).sum(1))
 
     def read(self, query_NLF: torch.Tensor) -> torch.Tensor:

@@ -290,7 +290,7 @@ def em_by_training(report):
     steps = steps[max(0, bisect(steps, min(seen)) - 1):bisect(steps, max(seen)) + 1]
     ax.set_xticks(steps, [f"{step:,}" for step in steps])
     ax.minorticks_off()
-    ax.set_xlabel("conversations seen in training\n(a line's last point: the finished arm; the others: within its schedule)")
+    ax.set_xlabel("conversations seen in training, of all its languages\n(a line's last point: the finished arm; the others: within its schedule)")
     shared_legend(figure, [ax], key=None, ncols=1, fontsize=8)
     return figure
 
@@ -311,7 +311,8 @@ def kept_by_size(report):
         place = arm["base_parameters"] * 1.04 ** (beside.index((arm, lang, cell)) - (len(beside) - 1) / 2)  # a little apart, or they would cover each other
         ends = cell["ci"] or [cell["value"]] * 2
         style = line_style(index)
-        ax.errorbar(place, cell["value"], [[max(cell["value"] - ends[0], 0)], [max(ends[1] - cell["value"], 0)]], marker=MARKERS[index % len(MARKERS)], markersize=5, capsize=2,
+        mark = MARKERS[(index + index // len(COLORS)) % len(MARKERS)]  # no two points share colour and marker
+        ax.errorbar(place, cell["value"], [[max(cell["value"] - ends[0], 0)], [max(ends[1] - cell["value"], 0)]], marker=mark, markersize=5, capsize=2,
                     color=style["color"], linestyle="none", markerfacecolor=style["color"] if cell["A_tuned_run"] else "none",
                     label=f"{arm['model']}, {arm_text(arm)}{'' if arm['frozen'] else ' (not frozen)'}, {LANGUAGES[lang]}")
     for name, parameters in list(report["unscored"].items())[-1:]:

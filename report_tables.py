@@ -124,7 +124,7 @@ def notes_of(arms):
     lines = [UNFAIR_TEXT] if any(cell.get("A_tuned_run") is False for *_, cell in ratios) else []
     lines += [ALIKE_TEXT] if any(pair and pair[0] == pair[1] for pair in ends) else []
     lines += [f"{arm['arm']} on {arm['model']}: {', '.join(sorted(arm['borrowed']))} are the rows of "
-              f"{' and '.join(sorted(set(arm['borrowed'].values())))}; the base's own answers do not depend on the arm."
+              f"{' and '.join(sorted({name for names in arm['borrowed'].values() for name in names}))}; the base's own answers do not depend on the arm."
               for arm in arms if arm["borrowed"]]
     if not all(arm["complete"] for arm in arms):
         lines.append("(partial): unfinished runs; the missing probes may change the numbers.")

@@ -192,10 +192,10 @@ def refuse_mixture(run, other):
 
 
 def lend_rows(arms):
-    """Give each memory arm the memoryless conditions it did not run, from another arm on the same base.
+    """Give each memory arm the memoryless conditions it did not run, language by language, from another arm on the same base.
 
     The base's own answers are the same whatever fast weights stand beside it, so they need not be asked again for every
-    arm. Adds the lender's rows under the borrower's seed; returns {(model, arm): {condition: lender's arm}}. Of several
+    arm. Adds the lender's rows under the borrower's seed; returns {(model, arm): {condition: lenders' arms, sorted}}. Of several
     lenders the one that covers most of the arm's levels, then the one with the highest EM: a fair ceiling is that of the LoRA that reads best.
     """
     own = [(run, list(run["predictions"])) for runs in arms.values() for run in runs]
@@ -204,18 +204,18 @@ def lend_rows(arms):
         for seed in sorted({run["seed"] for run in runs if run["adapter"]}, key=str):
             mine = [run for run in runs if run["seed"] == seed]
             have = [row for run, rows in own if any(run is other for other in mine) for row in rows]
-            parts = {(row["level"], row["lang"]) for row in have}
             for condition in sorted(set(MEMORYLESS) - {row["condition"] for row in have}):
-                lenders = lenders_of(condition, parts, mine[0], own)
-                if lenders:
-                    run, rows = max(lenders, key=worth_lending)
-                    mine[0]["predictions"] += [row | {"seed": seed} for row in rows]
-                    borrowed[key][condition] = run["arm"]
+                for lang in sorted({row["lang"] for row in have}):
+                    lenders = lenders_of(condition, {(row["level"], lang) for row in have}, mine[0], own)
+                    if lenders:
+                        run, rows = max(lenders, key=worth_lending)
+                        mine[0]["predictions"] += [row | {"seed": seed} for row in rows]
+                        borrowed[key][condition] = sorted({*borrowed[key].get(condition, []), run["arm"]})
     return borrowed
 
 
 def lenders_of(condition, parts, borrower, own):
-    """(run, its rows of a condition in these levels and languages) of every run on the borrower's base, in its dtype and for as many
+    """(run, its rows of a condition in these levels of a language) of every run on the borrower's base, in its dtype and for as many
     samples, that has any."""
     alike = [(run, rows) for run, rows in own if all(run.get(name) == borrower.get(name) for name in ("model_sha256", "dtype", "limit"))]
     found = [(run, [row for row in rows if row["condition"] == condition and (row["level"], row["lang"]) in parts]) for run, rows in alike]
@@ -223,9 +223,9 @@ def lenders_of(condition, parts, borrower, own):
 
 
 def worth_lending(lender):
-    """By what a (run, rows) is chosen: how many levels and languages it covers, then its EM."""
+    """By what a (run, rows) is chosen: how many levels it covers, then its EM."""
     _, rows = lender
-    return len({(row["level"], row["lang"]) for row in rows}), sum(row["em"] for row in rows) / len(rows)
+    return len({row["level"] for row in rows}), sum(row["em"] for row in rows) / len(rows)
 
 
 def shown_arms(arms):
@@ -235,5 +235,5 @@ def shown_arms(arms):
     """
     repeated = {(arm["model"], lender["arm"]) for arm in arms for lender in arms
                 if lender["model"] == arm["model"] and set(lender["conditions"]) <= {
-                    condition for condition, name in arm["borrowed"].items() if name == lender["arm"]}}
+                    condition for condition, names in arm["borrowed"].items() if lender["arm"] in names}}
     return sorted((arm for arm in arms if (arm["model"], arm["arm"]) not in repeated), key=lambda arm: "B_memory" not in arm["conditions"])

@@ -1,4 +1,4 @@
-"""Training conversations: short talks full of freely composed facts, with questions about them.
+"""Training conversations: short talks full of facts with real and composed names, with questions about them.
 
 The language lives in data/bank_<lang>.json, this file only puts it together; a new language needs no code.
 
@@ -23,8 +23,8 @@ kinds           {kind: [entries]}. An entry is a word or a pattern. In a pattern
 shared_kinds    kinds whose words serve train and dev alike (digits, letters, name endings, number words ...). Of every other
                 kind, one word in ten (at least five) is held out for dev, by a hash of the word. A value made of shared words alone
                 is itself hashed. Names are held apart by their first syllable: list the later syllables as shared.
-name_kinds      the kinds that compose names of persons, projects, places, companies (for the check against the benchmark)
-never_names     ordinary names that must never come out; a composed name with one of these among its words is rejected
+name_kinds      the kinds that name persons, projects, places, companies (for the check against the benchmark)
+never_names     names that the tests' people, places and projects have; a drawn name with one of these among its words is rejected
 openers         first turns without a fact.   {other} is another speaker's name, here and in the next three
 small_talk      turns without a fact
 acknowledgements  short sentences that react to the turn before
@@ -111,7 +111,7 @@ def templates(lang):
 
 
 def can_draw_name(lang, name):
-    """Whether the bank could compose exactly this person, project, place or company name (letter case aside)."""
+    """Whether the bank could draw exactly this person, project, place or company name (letter case aside)."""
     return _bank(lang).can_draw_name(name)
 
 

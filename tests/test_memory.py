@@ -212,7 +212,7 @@ def test_a_rows_bytes_are_those_it_has_alone():
     """In a batch a short row has empty slots; they are no part of its memory."""
     memories = [make(rows=1, slots=n, seed=n, keys_dtype=torch.bfloat16) for n in (1, 4, 2)]
     assert Memory.stack(memories).row_nbytes().tolist() == [m.nbytes() for m in memories] == [2 * n * (F * 2 + D * 4) for n in (1, 4, 2)]
-    assert make(dense=True).row_nbytes().tolist() == [2 * D * F * 4] * 3 and make().scale(0.0).row_nbytes().tolist() == [0, 0, 0]
+    assert make(dense=True).row_nbytes().tolist() == [2 * D * F * 4] * 3 and make().scale(0.0).row_nbytes().tolist() == make(slots=0).row_nbytes().tolist() == [0, 0, 0]
 
 
 def test_the_smaller_form_is_chosen_at_the_break_even():

@@ -123,11 +123,15 @@ def test_no_question_has_two_answers(drawn):
         assert len(set(golds)) == len(golds)
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("lang", LANGS)
-def test_no_owner_has_a_relation_or_its_group_twice(lang):
+def test_no_owner_has_a_relation_or_its_group_twice(lang, split):
     rng, bank = random.Random(2), load_bank(lang)
     for _ in range(300):
-        plan = Plan(bank, rng, "train", 12)
+        plan = Plan(bank, rng, split, 12)
+        owners, values = ([word.casefold() for word in words] for words in ({f.subject for f in plan.facts}, [f.value for f in plan.facts]))
+        people = {f.value.casefold() for f in plan.facts if f.relation["value"] in bank.content["name_kinds"]}
+        assert len(values) == len(set(values)) and not set(owners) & (set(values) - people)  # a word is one thing in a conversation
         owned = Counter((f.subject, f.relation.get("group", f.relation["id"])) for f in plan.facts)
         assert owned.most_common(1)[0][1] == 1
         assert all(f.subject != f.value for f in plan.facts)
@@ -281,7 +285,7 @@ def test_no_sentence_stands_twice():
 
 
 @pytest.mark.parametrize("lang", LANGS)
-def test_ordinary_names_cannot_be_drawn(lang):
+def test_the_tests_names_cannot_be_drawn(lang):
     bank = load_bank(lang)
     for name in bank.content["never_names"]:
         assert not training_bank.can_draw_name(lang, name)
