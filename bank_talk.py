@@ -92,7 +92,7 @@ class Plan:
             return self.new_name(relation["value"])
         for _ in range(MAX_TRIES):
             value = self.bank.draw(relation["value"], self.split, self.rng)
-            if value.casefold() not in self.values | self.names:
+            if value.casefold() not in self.values and value.casefold() not in self.names:
                 self.values.add(value.casefold())
                 return value
         return None

@@ -195,8 +195,8 @@ def kv_bytes(runs):
     for run in runs:
         for row in run["predictions"]:
             if row["condition"] == "B_memory" and row["level"] == 1 and run.get("kv_bytes_per_token"):
-                sizes[row["lang"]].append(row["tokens_written"] * run["kv_bytes_per_token"])
-    return {lang: rounded(math.fsum(values) / len(values)) for lang, values in sizes.items()}
+                sizes[row["lang"]].append({"kv_bytes": row["tokens_written"] * run["kv_bytes_per_token"]})
+    return {lang: mean(rows, "kv_bytes") for lang, rows in sizes.items()}
 
 
 def arm_report(model, arm, runs, settings):

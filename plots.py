@@ -309,10 +309,9 @@ def kept_by_size(report):
     for index, (arm, lang, cell) in enumerate(points):
         beside = [other for other in points if other[0]["base_parameters"] == arm["base_parameters"]]
         place = arm["base_parameters"] * 1.04 ** (beside.index((arm, lang, cell)) - (len(beside) - 1) / 2)  # a little apart, or they would cover each other
-        ends = cell["ci"] or [cell["value"]] * 2
         style = line_style(index)
         mark = MARKERS[(index + index // len(COLORS)) % len(MARKERS)]  # no two points share colour and marker
-        ax.errorbar(place, cell["value"], [[max(cell["value"] - ends[0], 0)], [max(ends[1] - cell["value"], 0)]], marker=mark, markersize=5, capsize=2,
+        ax.errorbar(place, cell["value"], error_bars([{"em": cell["value"], "em_ci": cell["ci"]}]), marker=mark, markersize=5, capsize=2,
                     color=style["color"], linestyle="none", markerfacecolor=style["color"] if cell["A_tuned_run"] else "none",
                     label=f"{arm['model']}, {arm_text(arm)}{'' if arm['frozen'] else ' (not frozen)'}, {LANGUAGES[lang]}")
     for name, parameters in list(report["unscored"].items())[-1:]:

@@ -266,6 +266,16 @@ def test_a_changed_benchmark_file_is_told(root, capsys):
     assert report_of(root)["benchmark"]["unchanged"] is False
 
 
+def assert_drawn(path):
+    """A picture of a figure's size with data in it and a free border."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    assert pixels.shape[0] > 400 and pixels.shape[1] > 700
+    assert (pixels.min(axis=2) < 0.9).mean() > 0.01          # ink
+    assert (np.ptp(pixels, axis=2) > 0.2).mean() > 0.0005     # in colour: the data, not only the axes
+    edge = np.concatenate([pixels[:, :2].ravel(), pixels[:, -2:].ravel(), pixels[:2].ravel(), pixels[-2:].ravel()])
+    assert edge.min() > 0.9                                   # nothing runs over the border
+
+
 @pytest.mark.parametrize("langs, arms", [(["en", "zh"], 1), (["en"], 6)])
 def test_figures_are_written_and_not_blank(drawn, langs, arms):
     for number in range(arms):
@@ -276,12 +286,7 @@ def test_figures_are_written_and_not_blank(drawn, langs, arms):
     assert figures == ["b_vs_d.png", "category_heatmap.png", "em_by_condition.png", "em_by_position.png",
                        "memory_curves.png", "training_curve.png"]
     for name in figures:
-        pixels = matplotlib.image.imread(drawn / "results/figures" / name)[..., :3]
-        assert pixels.shape[0] > 400 and pixels.shape[1] > 700
-        assert (pixels.min(axis=2) < 0.9).mean() > 0.01          # ink
-        assert (np.ptp(pixels, axis=2) > 0.2).mean() > 0.0005     # in colour: the data, not only the axes
-        edge = np.concatenate([pixels[:, :2].ravel(), pixels[:, -2:].ravel(), pixels[:2].ravel(), pixels[-2:].ravel()])
-        assert edge.min() > 0.9                                   # nothing runs over the border
+        assert_drawn(drawn / "results/figures" / name)
 
 
 def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
@@ -340,9 +345,7 @@ def test_training_and_size_have_their_figures(drawn):
         (drawn / f"results/exercise/{name}.json").write_text(json.dumps({"model": name, "parameters": parameters, "scored": False}))
     assert score("--quiet") == 0
     for name in ("em_by_training", "kept_by_size"):
-        pixels = matplotlib.image.imread(drawn / f"results/figures/{name}.png")[..., :3]
-        edge = np.concatenate([pixels[:, :2].ravel(), pixels[:, -2:].ravel(), pixels[:2].ravel(), pixels[-2:].ravel()])
-        assert edge.min() > 0.9 and (np.ptp(pixels, axis=2) > 0.2).mean() > 0.0005
+        assert_drawn(drawn / f"results/figures/{name}.png")
     report = report_of(drawn)
     em = {arm["arm"]: arm["conditions"].get("B_memory", {}).get("1", {}).get("en", {}).get("em") for arm in report["arms"]}
     (line,) = evaluate.plots.em_by_training(report).axes[0].containers
