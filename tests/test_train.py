@@ -652,7 +652,7 @@ def test_the_defaults_are_the_reported_run(objective, arm, monkeypatch):
 
 @pytest.mark.parametrize("memory, ceiling", [("smollm2-deep", "smollm2-tuned"), ("qwen-deep", "qwen-tuned")])
 def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(memory, ceiling):
-    """It reads what is in front of it and needs fewer examples: of what its loss falls in all, the last quarter of the updates brings under 4%."""
+    """It reads what is in front of it and needs fewer examples: of what its loss falls in all, the last quarter of the updates brings under 6%."""
     one, other = [json.loads((ROOT / f"checkpoints/{arm}/manifest.json").read_text(encoding="utf-8")) for arm in (memory, ceiling)]
     for field in ("data", "data_sha256", "langs", "seed", "model_sha256"):
         assert one[field] == other[field], field
@@ -660,7 +660,7 @@ def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(m
     assert len(losses) == other["updates"]
     eighth = len(losses) // 8
     first, late, last = (sum(losses[i * eighth:(i + 1) * eighth]) / eighth for i in (0, 5, 7))
-    assert late - last < 0.04 * (first - last) and last < 0.2 * first
+    assert late - last < 0.06 * (first - last) and last < 0.2 * first
 
 
 # ---- random weights at full size ----
