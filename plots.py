@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmark_file import CATEGORIES
 from report_tables import LANGUAGES, LEVELS, arm_text, langs_of, names_of
-from results_files import CURVES, ON_CURVES, POSITIONS, condition_order, shown_arms
+from results_files import CURVES, ON_CURVES, POSITIONS, SCALED, condition_order, shown_arms
 
 matplotlib.use("Agg")  # files only, no display
 
@@ -28,6 +28,7 @@ def draw_all(report, curves, folder):
                "em_by_condition": "every condition that ran is a point of a curve", "category_heatmap": "every condition that ran is a point of a curve",
                "em_by_position": "no prediction has a position",
                "memory_curves": "no arm has two points of a curve (B_merged, D of several lengths, B_rank)",
+               "em_by_scale": "no arm's memory was asked at two sizes (B_scale, N_scale)",
                "em_by_training": "no arm was asked at two points of its training (train_minimal.py --snapshots)",
                "kept_by_size": "no two bases have a share that memory keeps on level 1",
                "training_curve": "no run's adapter has a train.jsonl"}
@@ -35,7 +36,7 @@ def draw_all(report, curves, folder):
     with matplotlib.rc_context(STYLE):
         figures = {"em_by_condition": em_by_condition(report), "category_heatmap": category_heatmap(report),
                    "em_by_position": em_by_position(report), "b_vs_d": b_vs_d(report),
-                   "memory_curves": memory_curves(report), "em_by_training": em_by_training(report), "kept_by_size": kept_by_size(report),
+                   "memory_curves": memory_curves(report), "em_by_scale": em_by_scale(report), "em_by_training": em_by_training(report), "kept_by_size": kept_by_size(report),
                    "training_curve": training_curve(curves)}
         for name, figure in figures.items():
             path = folder / f"{name}.png"
@@ -265,6 +266,34 @@ def curve_points(arm, lang, level, steps):
     """{place along the curve: cell}, for the steps that the arm ran."""
     cells = {place: arm["conditions"].get(name, {}).get(str(level), {}).get(lang) for place, (_, name) in enumerate(steps)}
     return {place: cell for place, cell in cells.items() if cell}
+
+
+def em_by_scale(report):
+    """Exact match, and the share of answers that are empty or stuck, against |dW| / |W_down|: the memory and noise, each times a factor."""
+    lines = {(arm["model"], arm["arm"], lang): scaled_lines(arm, lang) for arm, lang in panels_of(report)}
+    panels = panels_of(report, lambda arm, lang: max(map(len, lines[arm["model"], arm["arm"], lang].values())) > 1)
+    if not panels:
+        return None
+    figure, axes = grid(panels, 5.2, [2.8] * len(panels), "Level 1 against the size of the update, mean over the TTT layers\n(bars: 95% bootstrap over conversations)")
+    for ax, (arm, lang) in zip(axes, panels):
+        drawn = lines[arm["model"], arm["arm"], lang]
+        for index, (what, cells) in enumerate(drawn.items()):
+            sizes, style = [cell["update_norm"] for cell in cells], {"color": COLORS[index], "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
+            ax.errorbar(sizes, [cell["em"] for cell in cells], error_bars(cells), capsize=2, label=f"{what}: right", **style)
+            ax.plot(sizes, [cell["degenerate"] for cell in cells], linestyle=":", label=f"{what}: empty or stuck", **style)
+        em_axis(ax)
+        ax.set_ylabel("share of answers")
+        ax.set_xscale("log")
+        ax.set_xlabel("|dW| / |W_down|")
+        ax.set_title(panel_title(arm, lang, f"n = {span([cell['n'] for cells in drawn.values() for cell in cells])}"))
+    shared_legend(figure, axes, key=None, ncols=2)
+    return figure
+
+
+def scaled_lines(arm, lang):
+    """{what is scaled: cells of level 1 by growing size}."""
+    cells = {what: [cell for name in names for cell in [arm["conditions"].get(name, {}).get("1", {}).get(lang)] if cell] for what, names in SCALED}
+    return {what: sorted(found, key=lambda cell: cell["update_norm"]) for what, found in cells.items()}
 
 
 def em_by_training(report):

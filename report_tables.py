@@ -1,5 +1,5 @@
 """The report as tables: the marked block in RESULTS.md and the text on the terminal."""
-from results_files import ResultsError, condition_order, read_text, shown_arms
+from results_files import SCALES, ResultsError, condition_order, read_text, shown_arms
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 LEVELS = ("1", "2", "3")
@@ -25,6 +25,8 @@ MEANINGS = {
     "B_rank_4": "the same at rank 4",
     "B_rank_16": "the same at rank 16",
     "B_rank_64": "the same at rank 64",
+    **{f"B_scale_{factor}": f"EM with each layer's update times {factor}" for factor in SCALES},
+    **{f"N_scale_{factor}": f"EM with a random update of {factor} times the memory's norm" for factor in SCALES},
     "memory_efficiency_ratio": "EM(B_memory) / max(EM(A_context), EM(A_tuned)): the share that memory keeps",
     "ratio_vs_A_context": "EM(B_memory) / EM(A_context)",
     "lift_over_no_memory": "EM(B_memory) - EM(C_nothing)",

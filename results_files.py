@@ -19,7 +19,12 @@ ROW_FIELDS = {"sample_id": (str,), "level": (int,), "lang": (str,), "probe_id": 
 CURVE_FIELDS = {"update": (int,), "loss": (float, int), "token_accuracy": (float, int)}
 POSITIONS = ("front", "middle", "back")
 
-ON_CURVES = ("D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64")  # in no figure but memory_curves.png
+SCALES = ("0.01", "0.1", "0.3", "3", "10")  # what the update, or noise of its norm, is multiplied by
+# the lines of em_by_scale.png: what is scaled, and its conditions
+SCALED = (("memory", ("B_memory", *(f"B_scale_{factor}" for factor in SCALES))),
+          ("random update of its norm", ("N_noise", *(f"N_scale_{factor}" for factor in SCALES))))
+ON_CURVES = ("D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64",  # in no figure but memory_curves.png and em_by_scale.png
+             *(name for _, (_, *names) in SCALED for name in names))
 CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "B_swapped", "D_distractor",
               "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise", "A_foreign", *ON_CURVES)  # the order in tables and figures
 # what stands along each curve of memory_curves.png: (what is varied, level, ((label, condition), ...))

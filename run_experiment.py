@@ -28,7 +28,7 @@ from in_place_ttt import InPlaceTTT
 from manifests import UserError, file_sha256, provenance, read_manifest, run_script, write_json
 from memory import Memory
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
-from results_files import MEMORYLESS, open_folder
+from results_files import MEMORYLESS, SCALES, open_folder
 
 MAX_NEW_TOKENS = 24       # the longest gold answer is about half of this in every tokenizer of the table
 MAX_BATCH_TOKENS = 16384  # padded tokens of one batch of long texts; bounds the memory a batch takes
@@ -47,6 +47,7 @@ class Condition:
     tuned: bool = False            # answered by the base with the LoRA that was trained to read in context
     distractor_tokens: int | None = None  # of the distractor only so many tokens; None: all
     rank: int | None = None        # each layer's update is cut to its best approximation of this rank; None: not cut
+    scale: float = 1.0             # the update, or the noise of its norm, times this
 
 
 CONDITIONS = {c.name: c for c in (
@@ -65,6 +66,8 @@ CONDITIONS = {c.name: c for c in (
     Condition("A_foreign", (1, 2, 3), written="swapped", shown="conversation"),
     *(Condition(f"D_{n}", (3,), written="distractor", distractor_tokens=n) for n in (512, 1024, 2048)),
     *(Condition(f"B_rank_{k}", (1,), written="conversation", rank=k) for k in (1, 4, 16, 64)),
+    *(Condition(f"{name}_scale_{factor}", (1,), written=written, scale=float(factor))
+      for name, written in (("B", "conversation"), ("N", "noise")) for factor in SCALES),
 )}
 DEFAULT_CONDITIONS = "A_context,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 
@@ -166,7 +169,7 @@ def write_memory(loaded: Loaded, ttt: InPlaceTTT, job: Job, texts: Texts) -> Mem
     if job.condition.written == "noise":
         seeds = [zlib.crc32(sample["sample_id"].encode()) for sample in job.samples]  # a sample's noise is its own in any batch
         memory = Memory.stack([memory.select([i]).noise_like(torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])
-    return memory
+    return memory if job.condition.scale == 1 else memory.scale(job.condition.scale)
 
 
 def read_prompt(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, memory: Memory | None):

@@ -302,6 +302,23 @@ def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
     assert [list(mark.get_xdata()) for mark in axes.lines if mark.get_linestyle() == ":"] == [[7000, 7000]]
 
 
+def test_scaled_memories_and_noise_are_drawn_by_their_size(drawn):
+    chances = {"B_memory": 0.9, "B_scale_0.1": 0.2, "B_scale_10": 0.0, "N_noise": 0.0, "N_scale_10": 0.0}
+    norms = {"B_memory": 2.0, "B_scale_0.1": 0.2, "B_scale_10": 20.0, "N_noise": 2.0, "N_scale_10": 20.0}
+    stuck = lambda row: {"prediction": ""} if row["condition"] == "N_scale_10" else {}
+    rows = [row | {"update_norm": norms[row["condition"]]} | stuck(row) for row in make_rows(0, ["en"], chances) if row["level"] == 1]
+    make_run(drawn, rows=rows, conditions=list(chances), levels=[1], langs=["en"])
+    assert score("--quiet") == 0
+    report = report_of(drawn)
+    (axes,) = evaluate.plots.em_by_scale(report).axes
+    memory, noise = axes.containers
+    cells = {name: report["arms"][0]["conditions"][name]["1"]["en"] for name in chances}
+    assert list(memory[0].get_xdata()) == [0.2, 2.0, 20.0] and list(noise[0].get_xdata()) == [2.0, 20.0] and axes.get_xscale() == "log"
+    assert list(memory[0].get_ydata()) == [cells[name]["em"] for name in ("B_scale_0.1", "B_memory", "B_scale_10")]
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"][1] == [0.0, 1.0]
+    assert_drawn(drawn / "results/figures/em_by_scale.png")
+
+
 def test_figures_and_tables_do_not_depend_on_the_run(drawn):
     """Two processes whose sets have other orders, on arms whose conditions ran on different levels."""
     make_run(drawn, "a", make_rows(0, ["en"]), arm="a")

@@ -209,7 +209,9 @@ def test_the_table_of_conditions_is_the_designs():
                 *(Condition(f"B_merged_{k}", (1,), "merged", merge=k) for k in (2, 4, 8)),
                 Condition("P_paper", (1, 2, 3), conversation, conversation, one_pass=True), Condition("N_noise", (1, 2), "noise"),
                 Condition("A_foreign", (1, 2, 3), "swapped", conversation), *(Condition(f"D_{n}", (3,), both, distractor_tokens=n) for n in (512, 1024, 2048)),
-                *(Condition(f"B_rank_{k}", (1,), conversation, rank=k) for k in (1, 4, 16, 64))]
+                *(Condition(f"B_rank_{k}", (1,), conversation, rank=k) for k in (1, 4, 16, 64)),
+                *(Condition(f"B_scale_{x:g}", (1,), conversation, scale=x) for x in (0.01, 0.1, 0.3, 3, 10)),
+                *(Condition(f"N_scale_{x:g}", (1,), "noise", scale=x) for x in (0.01, 0.1, 0.3, 3, 10))]
     assert list(CONDITIONS.values()) == expected and list(CONDITIONS) == [c.name for c in expected]
     assert set(CONDITIONS) == set(results_files.CONDITIONS)
 
@@ -315,6 +317,17 @@ def test_noise_has_the_norm_of_the_memory_and_not_its_answers(whole):
     pairs = [(r, whole.by_probe["B_memory", r["probe_id"]]) for r in rows]
     assert all(r["update_norm"] == pytest.approx(b["update_norm"], rel=1e-4) for r, b in pairs)
     assert sum(r["prediction"] != b["prediction"] for r, b in pairs) > len(pairs) / 2
+
+
+def test_a_scaled_memory_or_noise_has_so_many_times_the_norm(whole):
+    for name, scaled in (("B_memory", "B_scale"), ("N_noise", "N_scale")):
+        rows = [r for r in whole.rows if r["condition"].startswith(scaled)]
+        assert {r["condition"] for r in rows} == {f"{scaled}_{factor}" for factor in results_files.SCALES} and {r["level"] for r in rows} == {1}
+        for r in rows:
+            factor = float(r["condition"].rsplit("_", 1)[1])
+            assert r["update_norm"] == pytest.approx(factor * whole.by_probe[name, r["probe_id"]]["update_norm"], rel=1e-3, abs=2e-6)
+    weak = [(r["prediction"], whole.by_probe["C_nothing", r["probe_id"]]["prediction"]) for r in whole.rows if r["condition"] == "N_scale_0.01"]
+    assert sum(one == other for one, other in weak) > len(weak) / 2  # a hundredth of the norm is hardly felt
 
 
 def test_conditions_answer_differently(whole):
