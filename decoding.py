@@ -128,6 +128,13 @@ def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens
     return [text.split("\n")[0].strip() for text in texts]
 
 
+def kv_bytes_per_token(model) -> int:
+    """Bytes that a token takes in the base's KV cache, in the base's dtype: what a memory saves is measured against it."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
+
+
 def check_window(model, longest: int, what: str) -> None:
     """UserError when a prompt and its answer do not fit the model's window."""
     window = model.config.get_text_config().max_position_embeddings

@@ -19,14 +19,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import benchmark_file
+import conditions
 import evaluate
 import prompts
 import results_files
 import run_experiment
+from conditions import CONDITIONS, Condition
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import run_script, write_json, write_manifest
 from model_utils import MODELS, byte_tokenizer, load_model, save_adapter
-from run_experiment import CONDITIONS, Condition
 from train_minimal import LORA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def command(out, *more):
 def run_command(argv, patch):
     """run_experiment.py in this process; answers are cut short, because a tiny model never ends one."""
     patch.setattr(sys, "argv", argv)
-    patch.setattr(run_experiment, "MAX_NEW_TOKENS", 8)
+    patch.setattr(conditions, "MAX_NEW_TOKENS", 8)
     try:
         run_script(run_experiment.main)
     except SystemExit as stop:
@@ -165,7 +166,7 @@ class Whole:
             answer = run_experiment.answer
             patch.setattr(run_experiment, "answer", lambda loaded, ttt, job, texts: self.begin(job) or answer(loaded, ttt, job, texts))
             for name, at in (("write_rows", 2), ("prefill", 1)):
-                patch.setattr(run_experiment, name, self.watched(name, getattr(run_experiment, name), at))
+                patch.setattr(conditions, name, self.watched(name, getattr(conditions, name), at))
             self.code = run_command(command(self.out, "--model", model, "--adapter", adapter, "--tuned-adapter", kit.tuned(), "--lang", "en",
                                             "--benchmark", kit.benchmark, "--conditions", ",".join(CONDITIONS), "--batch-size", 16), patch)
         self.rows, self.run = read_rows(self.out), json.loads((self.out / "run.json").read_text(encoding="utf-8"))
@@ -348,7 +349,7 @@ def test_category_and_position_are_those_of_the_last_required_fact(whole):
 @pytest.mark.parametrize("span, third", [((0, 2), "front"), ((0, 33), "front"), ((31, 34), "front"), ((33, 34), "middle"), ((64, 67), "middle"),
                                          ((66, 67), "back"), ((98, 99), "back"), ((0, 99), "middle")])
 def test_thirds_go_by_the_middle_of_the_span(span, third):
-    assert run_experiment.position({"span": list(span)}, {"conversation": "x" * 99}) == third
+    assert conditions.position({"span": list(span)}, {"conversation": "x" * 99}) == third
 
 
 def test_run_json_has_what_is_needed_to_repeat_the_run(whole, kit):
@@ -411,7 +412,7 @@ def test_partners_come_from_the_whole_file_whatever_the_limit(whole, kit, call, 
 
 
 def test_a_small_batch_of_tokens_gives_the_same_answers(whole, kit, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_experiment, "MAX_BATCH_TOKENS", 150)
+    monkeypatch.setattr(conditions, "MAX_BATCH_TOKENS", 150)
     model, adapter = kit("tiny-llama")
     call(command(tmp_path, "--model", model, "--adapter", adapter, "--lang", "en", "--benchmark", kit.benchmark, "--levels", "3",
                  "--conditions", "D_distractor,A_distractor"))
@@ -472,6 +473,39 @@ def assert_resumed(out, argv, call, straight):
     assert run["complete"] is True and run["rows"] == len(straight)
 
 
+@pytest.mark.parametrize("room", [16, 5, 1])
+def test_out_of_memory_halves_the_batch_says_so_and_changes_no_answer(kit, call, straight, tmp_path, monkeypatch, room):
+    model, adapter = kit("tiny-llama")
+    answer, tried = run_experiment.answer, []
+
+    def small(loaded, ttt, job, texts):
+        tried.append((job.condition.name, job.count))
+        if job.count > room:
+            raise torch.OutOfMemoryError("no room")
+        return answer(loaded, ttt, job, texts)
+
+    monkeypatch.setattr(run_experiment, "answer", small)
+    code, _, err = call(command(tmp_path, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED, "--batch-size", "16"))
+    assert code == 0 and ordered(read_rows(tmp_path)) == ordered(straight)
+    failed = [(name, count) for name, count in tried if count > room]
+    assert err.count("out of memory at") == len(failed) and all(f"out of memory at {count} questions of {name}" in err for name, count in failed)
+    for name in {name for name, _ in failed}:  # each size is tried once, not by every batch that has it
+        sizes = [count for other, count in failed if other == name]
+        assert sizes == sorted(set(sizes), reverse=True)
+    assert bool(failed) == (room < 16)
+
+
+def test_no_memory_for_one_question_is_one_clear_error(kit, call, tmp_path, monkeypatch):
+    def none(*arguments):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(run_experiment, "answer", none)
+    model, adapter = kit("tiny-llama")
+    code, _, err = call(command(tmp_path, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED))
+    assert code == 2 and "no memory for one question; use --dtype bfloat16" in err.splitlines()[-1] and "Traceback" not in err
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["complete"] is False
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(kit, call, straight, tmp_path, monkeypatch):
     model, adapter = kit("tiny-llama")
     argv = command(tmp_path, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED)
@@ -493,7 +527,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(kit, call, straight, tmp_pa
     assert code == 0 and ordered(read_rows(tmp_path)) == ordered(straight)
 
 
-SHORT = "import run_experiment, manifests; run_experiment.MAX_NEW_TOKENS = 8; manifests.run_script(run_experiment.main)"
+SHORT = "import conditions, run_experiment, manifests; conditions.MAX_NEW_TOKENS = 8; manifests.run_script(run_experiment.main)"
 
 
 def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(kit, call, straight, tmp_path):
