@@ -111,8 +111,11 @@ def stop_ids(tokenizer) -> frozenset[int]:
     return frozenset([i for i, text in enumerate(texts) if "\n" in text] + list(tokenizer.all_special_ids))
 
 
-def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None) -> list[str]:
-    """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped."""
+def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None, early_stop: bool = True) -> list[str]:
+    """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped.
+
+    early_stop: leave once every row has ended; without, every call costs the same, as a benchmark of time wants it.
+    """
     device = logits_BV.device
     stops = torch.tensor(sorted(stop_ids(tokenizer)), device=device)
     alive = torch.ones(logits_BV.shape[0], dtype=torch.bool, device=device)
@@ -121,7 +124,7 @@ def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens
         chosen = logits_BV.argmax(-1)
         tokens.append(torch.where(alive, chosen, tokenizer.pad_token_id))
         alive = alive & ~torch.isin(chosen, stops)
-        if step + 1 == max_new_tokens or not alive.any():
+        if step + 1 == max_new_tokens or early_stop and not alive.any():
             break
         logits_BV, past = forward(model, chosen[:, None], torch.ones_like(chosen)[:, None], past, session)
     texts = tokenizer.batch_decode(torch.stack(tokens, 1), skip_special_tokens=True)
