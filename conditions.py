@@ -194,8 +194,8 @@ def reading(ttt: InPlaceTTT | None, memory: Memory | None):
 
 
 @torch.inference_mode()
-def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, early_stop: bool = True) -> list[dict]:
-    """Run one job; one row per probe (see the docstring of `row`; early_stop: see `greedy`)."""
+def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, new_tokens: int | None = None, early_stop: bool = True) -> list[dict]:
+    """Run one job; one row per probe (see the docstring of `row`). new_tokens (None: MAX_NEW_TOKENS) and early_stop: see `greedy`."""
     model, tokenizer = loaded.model, loaded.tokenizer
     lang = job.samples[0]["lang"]
     memory = write_memory(loaded, ttt, job, texts) if job.condition.written and not job.condition.one_pass else None
@@ -205,7 +205,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, early
     tails = [texts.asked(lang, probe["question"]) for probes in asked for probe in probes]
     with reading(ttt, memory) as session:
         logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(job.width), session)
-        predictions = greedy(model, tokenizer, logits, past, MAX_NEW_TOKENS, session, early_stop)
+        predictions = greedy(model, tokenizer, logits, past, new_tokens or MAX_NEW_TOKENS, session, early_stop)
     norms, sizes = (memory.update_norm().tolist(), memory.row_nbytes().tolist()) if memory else (None, None)
     rows = []
     for i, (sample, probes) in enumerate(zip(job.samples, job.probes)):

@@ -1,0 +1,162 @@
+"""bench.py on a tiny model: what is timed does what it says; the times themselves are nobody's business here."""
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import run_script
+from decoding import write_rows
+from model_utils import load_model
+from objectives import lm_step
+from public_way import CHUNK, PublicWay
+from test_run_experiment import small_benchmark
+
+SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), lengths=(20, 40), ranks=(4,), square=64, limit=1, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny-qwen3")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*more) -> (exit code, report or None, stdout, stderr) of bench.py with small sizes."""
+    small_benchmark(tmp_path / "benchmark.json")
+
+    def call(*more):
+        monkeypatch.setattr(bench, "SIZES", {"cpu": SMALL})
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "tiny-qwen3", "--device", "cpu", "--out", str(tmp_path), "--benchmark", str(tmp_path / "benchmark.json"), *more])
+        try:
+            run_script(bench.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        file = tmp_path / "tiny-qwen3-cpu.json"
+        return code, json.loads(file.read_text(encoding="utf-8")) if file.exists() else None, *capsys.readouterr()
+
+    return call
+
+
+def moved(public, loaded):
+    """dW of each layer of the public way."""
+    return {i: mlp.weight - loaded.model.get_decoder().layers[i].mlp.down_proj.weight for i, mlp in public.mlps.items()}
+
+
+@pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, 2 * CHUNK + 22])
+def test_the_public_way_writes_what_ours_writes(tiny, length):
+    """The yardstick does the same arithmetic, chunk by chunk in the plain form; it is only slow."""
+    public, ids = PublicWay(tiny.model, (1, 2)), torch.randint(0, 250, (1, length), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    for mlp in public.mlps.values():
+        mlp.conv.data = torch.randn(mlp.conv.shape, generator=generator)
+        mlp.proj.data = 0.1 * torch.randn(mlp.proj.shape, generator=generator)
+    plain = dict(tiny.model.get_decoder().layers[1].mlp.named_parameters())
+    public.ingest(ids)
+    wrote = moved(public, tiny)
+    ttt = InPlaceTTT(tiny.model, TTTConfig(layers=(1, 2), chunk=CHUNK))
+    try:
+        for i, mlp in public.mlps.items():
+            ttt.fast[str(i)].conv.data, ttt.fast[str(i)].proj.data = mlp.conv.data[:, 0], mlp.proj.data
+        memory, _ = write_rows(tiny.model, ttt, ids.tolist(), 0)
+        for i, layer in memory.dense().layers.items():
+            torch.testing.assert_close(wrote[i], layer.update[0].detach(), rtol=1e-4, atol=1e-6)
+    finally:
+        ttt.detach()
+    assert dict(tiny.model.get_decoder().layers[1].mlp.named_parameters()).keys() == plain.keys()
+
+
+def test_the_public_way_answers_with_its_memory_and_leaves_the_base_alone(tiny):
+    public, ids = PublicWay(tiny.model, (1, 2)), torch.arange(40)[None]
+    before = tiny.model(input_ids=ids).logits
+    alone = public.answer(ids, 8)
+    for mlp in public.mlps.values():
+        mlp.conv.data += 1.0
+        mlp.proj.data *= 500.0
+    public.ingest(torch.arange(200)[None])
+    assert alone.shape == (1, 48) and not torch.equal(public.answer(ids, 8), alone)
+    assert torch.equal(tiny.model(input_ids=ids).logits, before) and not tiny.model.training
+
+
+def test_a_public_training_step_has_the_gradient_of_its_parameters(tiny):
+    """Checkpointed layers run twice; the second time must not write on top of the first. Ours has the same gradient."""
+    public, ids, grads = PublicWay(tiny.model, (1, 2)), torch.randint(0, 250, (1, 150), generator=torch.Generator().manual_seed(2)), {}
+    for i, mlp in public.mlps.items():
+        mlp.conv.data += 0.3
+        mlp.conv.register_hook(lambda grad, i=i: grads.__setitem__(i, grad[:, 0].clone()))
+    public.train_step(ids)
+    ttt = InPlaceTTT(tiny.model, TTTConfig(layers=(1, 2), chunk=CHUNK))
+    try:
+        for i, mlp in public.mlps.items():
+            ttt.fast[str(i)].conv.data, ttt.fast[str(i)].proj.data = mlp.conv.data[:, 0].clone(), mlp.proj.data.clone()
+        lm_step(tiny, ttt, ids.tolist(), torch.device("cpu")).loss.backward()
+        for i, grad in grads.items():
+            torch.testing.assert_close(ttt.fast[str(i)].conv.grad, grad, rtol=1e-3, atol=1e-7)
+    finally:
+        ttt.detach()
+    assert len(grads) == 2
+    assert all(p.grad is None for mlp in public.mlps.values() for p in mlp.parameters()) and not tiny.model.training and not tiny.model.is_gradient_checkpointing
+
+
+def test_every_part_reports_its_ways_side_by_side(run):
+    code, report, out, _ = run()
+    assert code == 0 and report["scored"] is False and report["commit"] and report["sizes"]["probes"] == 4
+    ways = {}
+    for line in report["lines"]:
+        ways.setdefault((line["part"], line["case"]), []).append(line)
+        assert line["seconds"] > 0 and line["ratio"] > 0 and line["peak_gb"] is None and text_in(out, line)
+    assert {part for part, _ in ways} == {"probe", "write", "train", "read", "whole"}
+    assert all(lines[0]["ratio"] == 1.0 for lines in ways.values())
+    (probe,) = [lines for (part, _), lines in ways.items() if part == "probe"]
+    assert [line["way"] for line in probe] == ["base", "memory", "base, shared beginning", "memory, shared beginning", "public, one at a time"]
+    written = {case: [line["way"] for line in lines] for (part, case), lines in ways.items() if part == "write"}
+    assert written == {"2 x 70 tokens, codes": ["base", "memory"], "2 x 70 tokens, plain": ["base", "memory", "public, one at a time"],
+                       "1 x 150 tokens, codes": ["base", "memory"], "1 x 150 tokens, plain": ["base", "memory"]}
+    assert all(line["floor"] > 0 for line in probe) and report["machine_and_bytes"]["tflops"] > 0
+    sizes = report["machine_and_bytes"]["bytes"]
+    assert sizes["memory, rank 4"] < sizes["memory"] and sizes["public, dense"] == 2 * 32 * 64 * 4 and sizes["KV cache"] == bench.TEXT * 4 * 2 * 2 * 8 * 4
+    whole = [line["case"].split(",")[0] for line in report["lines"] if line["part"] == "whole"]
+    assert whole == ["A_context", "B_memory", "C_nothing", "D_distractor"]
+
+
+def text_in(out, line):
+    return any(line["case"] in row and line["way"] in row for row in out.splitlines())
+
+
+def test_an_answer_has_all_its_tokens(tiny, monkeypatch):
+    """Nothing stops early: one prefill and NEW - 1 further calls, each of one token, although every token is an end here."""
+    lengths, small = [], bench.Bench(tiny, SMALL)
+    monkeypatch.setattr("decoding.stop_ids", lambda tokenizer: frozenset(range(260)))
+    hook = tiny.model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    bench.ask(small, small.rows(3, 7))
+    hook.remove()
+    assert lengths == [7] + [1] * (bench.NEW - 1)
+
+
+def test_a_way_without_memory_is_left_out_and_the_others_stay(tiny, capsys):
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    small = bench.Bench(tiny, SMALL)
+    small.compare("probe", "case", {"one": (lambda: None, 1), "two": (full, 1), "three": (lambda: None, 2)}, 10)
+    assert [line.way for line in small.lines] == ["one", "three"] and "out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, message", [(("--parts", "probe,speed"), "--parts speed: unknown; use some of machine,probe"),
+                                           (("--weights", "random", "--adapter", "x"), "leave it out with --weights random"),
+                                           (("--model", "nothing"), "--model nothing: unknown")])
+def test_bad_arguments_are_one_line(run, more, message):
+    code, report, _, err = run(*more)
+    assert code == 2 and report is None and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_random_weights_read_text_cut_by_a_real_tokenizer(run, monkeypatch):
+    """A byte is a token to a random model; the experiment's texts would be four times as long."""
+    row, asked = bench.replace(bench.find_row("tiny-qwen3"), hub="somewhere"), []
+    monkeypatch.setattr(bench, "find_row", lambda name: row)
+    monkeypatch.setattr(bench, "load_model", lambda name, *more, **named: asked.append(name) or load_model("tiny-qwen3"))
+    code, *_ = run("--weights", "random", "--parts", "bytes")
+    assert code == 0 and asked == ["tiny-qwen3", bench.TOKENIZER_OF]
