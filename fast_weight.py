@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.functional import pad
 
 from memory import LayerMemory, expand, leading, meets, pick_columns, unit
-from side_stream import HEAD, distance_bias, look, unit_rms
+from side_stream import HEAD, BiasByRows, distance_bias, look, unit_rms
 
 TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
 RULES = ("hebbian", "ridge")
+ROOM = 2 ** 27  # entries of a write attention's matrix, all rows and heads: a quarter of a gigabyte in bfloat16, and softmax makes it twice more
 PACE = 10      # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
 WIDE_OPEN = 11 / 12   # sigmoid from which on a sparse gate is at its full strength
 AJAR = 0.25           # strength of a sparse gate at the start
@@ -306,15 +307,25 @@ def beside(x_BSD: torch.Tensor, gathered_BSZ: torch.Tensor) -> torch.Tensor:
     return torch.cat([x_BSD, gathered_BSZ.to(x_BSD.dtype)], -1)
 
 
-def write_bias(held, config: TTTConfig) -> torch.Tensor | None:
-    """The write attention's bias over the held tokens: both directions (deep: every second head back alone), within a chunk; a pad
-    looks at itself alone."""
+def write_bias(held, config: TTTConfig, rows: slice = slice(None)) -> torch.Tensor | None:
+    """The write attention's bias over the held tokens, [B, H, S, S] or of these rows of it: both directions (deep: every second head back alone),
+    within a chunk; a pad looks at itself alone."""
     if not config.write_attention:
         return None
     chunk_BS = torch.where(held.real, chunk_of(held.position, config.chunk), -1)
-    allowed_BSS = (chunk_BS[:, :, None] == chunk_BS[:, None, :]) & held.real[:, None, :]
-    allowed_BSS = allowed_BSS | torch.eye(chunk_BS.shape[1], dtype=torch.bool, device=chunk_BS.device)
-    return distance_bias(held.position, held.position, allowed_BSS, config.write_attention, held.h.dtype, back=config.deep)
+    order_S = torch.arange(chunk_BS.shape[1], device=chunk_BS.device)
+    allowed_BLS = (chunk_BS[:, rows, None] == chunk_BS[:, None, :]) & held.real[:, None, :]
+    allowed_BLS = allowed_BLS | (order_S[rows, None] == order_S)
+    return distance_bias(held.position[:, rows], held.position, allowed_BLS, config.write_attention, held.h.dtype, back=config.deep)
+
+
+def whole_or_by_rows(held, config: TTTConfig) -> torch.Tensor | BiasByRows | None:
+    """write_bias of all held tokens for a deep arm; of a text whose attention matrix has more than ROOM entries, made rows by rows in every layer."""
+    batch, length = held.real.shape
+    at_once = max(1, ROOM // max(1, batch * config.write_attention * length))
+    if not config.deep or at_once >= length:
+        return write_bias(held, config)
+    return BiasByRows(lambda rows: write_bias(held, config, rows), length, at_once, held.h.dtype)
 
 
 def code_sizes(feed_forward: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fast_weight import FastWeight, Slots, chunk_of, fit, write_bias
+from fast_weight import FastWeight, Slots, chunk_of, fit, whole_or_by_rows, write_bias
 from memory import LayerMemory, Memory, expand, leading, meets, pick_columns
 from side_stream import distance_bias, unit_rms
 
@@ -222,7 +222,8 @@ class Writer:
     def _flush(self, group: int) -> dict[int, LayerMemory]:
         """What the tokens still held add to each layer."""
         config, held = self.owner.config, next(iter(self.pending.values()))
-        bias_BHSS = write_bias(held, config)  # of the tokens, so alike in all layers
+        # of the tokens, so alike in all layers; a differentiable write keeps it for the backward pass anyway
+        bias_BHSS = write_bias(held, config) if self.differentiable else whole_or_by_rows(held, config)
         around, at = {}, {}
         if config.deep:
             states = [None]

@@ -11,6 +11,9 @@ the codes of keys, queries and gates. Shape letters as in in_place_ttt.py, and Z
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn.functional import gelu, rms_norm
@@ -50,7 +53,20 @@ def distance_bias(query_BL: torch.Tensor, key_BT: torch.Tensor, allowed_BLT: tor
     return bias_BHLT.to(dtype)
 
 
-def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None = None):
+@dataclass(frozen=True)
+class BiasByRows:
+    """The bias of a text too long for all of it at once: make(rows) gives [B, H, rows, T] of a slice of the L query tokens, so many at a time."""
+
+    make: Callable[[slice], torch.Tensor]
+    length: int
+    at_once: int
+    dtype: torch.dtype
+
+    def slices(self) -> list[slice]:
+        return [slice(start, start + self.at_once) for start in range(0, self.length, self.at_once)]
+
+
+def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor | BiasByRows, seen: tuple | None = None):
     """(what the heads of the new tokens gather, [B, L, Z], their keys and values so far); mapped: [B, L, 3 Z], see split_heads.
 
     seen: the keys and values of the tokens before, where a text comes in pieces.
@@ -58,6 +74,8 @@ def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None =
     q, k, v = split_heads(mapped_BLM, bias_BHLT.dtype)
     if seen is not None:
         k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
+    if isinstance(bias_BHLT, BiasByRows):
+        return torch.cat([attention(q[:, :, rows], k, v, bias_BHLT.make(rows)) for rows in bias_BHLT.slices()], 1), (k, v)
     return attention(q, k, v, bias_BHLT), (k, v)
 
 

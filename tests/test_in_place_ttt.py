@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decoding
+import fast_weight
 from decoding import prefill, write_rows
 from fast_weight import EMBED_SHARE, code_sizes
 from in_place_ttt import FastWeight, InPlaceTTT, TTTConfig, TTTMLP
@@ -988,3 +989,20 @@ def test_writing_on_a_memory_of_another_batch_is_refused(llama, attach, rows, de
     memory = write_once(llama.model, ttt, *batch_of(token_rows((5,) * rows)))[1]
     with pytest.raises(ValueError, match=f"memory of {rows} rows"):
         write_once(llama.model, ttt, *batch_of(token_rows((5, 5))), memory=memory.dense() if dense else memory)
+
+
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_a_long_texts_write_attention_is_made_by_rows_and_is_the_same(family, attach, monkeypatch, at_once):
+    ttt = attach(family, layers=(1, 2), chunk=None, codes=True, write_attention=2, read_attention=1, deep=True, blind=True, target="both",
+                 unit_targets=True, gate=True, rule="ridge")
+    ids, mask = batch_of(token_rows(LENGTHS))
+    whole = write_once(family.model, ttt, ids, mask)[1]
+    seen = []
+    write_bias = fast_weight.write_bias
+    monkeypatch.setattr(fast_weight, "write_bias", lambda held, config, rows=slice(None): seen.append(write_bias(held, config, rows)) or seen[-1])
+    monkeypatch.setattr(fast_weight, "ROOM", at_once * len(LENGTHS) * ttt.config.write_attention * ids.shape[1])
+    by_rows = write_once(family.model, ttt, ids, mask)[1]
+    assert len(seen) == 2 * -(-ids.shape[1] // at_once) and max(bias.shape[2] for bias in seen) == at_once
+    for i, layer in whole.dense().layers.items():
+        torch.testing.assert_close(by_rows.dense().layers[i].update, layer.update)
+    assert max(layer.update.abs().max() for layer in whole.dense().layers.values()) > 0
