@@ -99,11 +99,13 @@ def ask(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, lang: str, probe: dict)
 
 
 def parts_of(memory: Memory) -> dict[tuple[str, int | None], Memory]:
-    """The memory whole and empty, without each layer and with that layer alone."""
+    """The memory whole and empty; without each layer, of that layer alone, and of that layer and all deeper ones."""
     empty = memory.scale(0.0)
-    swap = lambda base, other, i: replace(base, layers=base.layers | {i: other.layers[i]})
-    return {("all", None): memory, ("none", None): empty} | {("without", i): swap(memory, empty, i) for i in memory.layers} | \
-           {("only", i): swap(empty, memory, i) for i in memory.layers}
+    of = lambda wanted: replace(memory, layers={i: (memory if wanted(i) else empty).layers[i] for i in memory.layers})
+    parts = {("all", None): memory, ("none", None): empty}
+    for i in memory.layers:
+        parts |= {("without", i): of(lambda j: j != i), ("only", i): of(lambda j: j == i), ("from", i): of(lambda j: j >= i)}
+    return parts
 
 
 def belongs(text: Text, probe: dict) -> torch.Tensor:
@@ -179,7 +181,7 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict,
                 drawn.append((text, probe, asked))
     mean = lambda values: sum(values) / len(values)
     by_layer = {i: {name: mean(values) for name, values in sums[i].items()} | {
-        f"em_{kind}": mean(correct[kind, i]) for kind in ("without", "only")} | {f"loss_{kind}": mean(losses[kind, i]) for kind in ("without", "only")} for i in layers}
+        f"{name}_{kind}": mean(measured[kind, i]) for name, measured in (("em", correct), ("loss", losses)) for kind in ("without", "only", "from")} for i in layers}
     return {"conversations": len(samples), "questions": len(rows), "em": mean(correct["all", None]), "em_without_memory": mean(correct["none", None]),
             "loss": mean(losses["all", None]), "loss_without_memory": mean(losses["none", None]), "layers": by_layer,
             "spectrum_of_the_first": {i: spectrum(write(loaded, ttt, samples[0]).memory, i) for i in layers}, "questions_and_what_they_met": rows}, drawn
@@ -193,6 +195,7 @@ def words(found: dict, arm: str, model: str) -> str:
     finder = max(layers, key=lambda i: layers[i]["in_fact"])
     needed = min(layers, key=lambda i: layers[i]["em_without"])
     alone = max(layers, key=lambda i: layers[i]["em_only"])
+    deep = max(i for i in layers if layers[i]["em_from"] >= 0.95 * found["em"])
     lost = found["em"] - layers[needed]["em_without"]
     lines = [f"{arm} on {model}, {found['conversations']} conversations, {found['questions']} questions: {found['em']:.3f} right with the memory, "
              f"{found['em_without_memory']:.3f} without; loss of the gold answer {found['loss']:.2f} and {found['loss_without_memory']:.2f} nats a token.",
@@ -201,7 +204,8 @@ def words(found: dict, arm: str, model: str) -> str:
              f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
              (f", {lost:.3f} fewer." if lost > 0 else ", so no single layer is needed."),
              f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
-             ("The layers work together." if layers[alone]["em_only"] < 0.5 * found["em"] else "It carries most of the memory by itself."),
+             ("The layers work together." if layers[alone]["em_only"] < 0.5 * found["em"] else "It carries most of the memory by itself.") +
+             f" Layers {deep} and deeper are enough for 95% of what all of them answer ({layers[deep]['em_from']:.3f}).",
              f"The update is {min(c['update_norm'] for c in layers.values()):.2f} to {max(c['update_norm'] for c in layers.values()):.2f} times |W_down|, of effective rank "
              f"{min(c['effective_rank'] for c in layers.values()):.0f} to {max(c['effective_rank'] for c in layers.values()):.0f}, and adds "
              f"{min(c['share_of_output'] for c in layers.values()):.2f} to {max(c['share_of_output'] for c in layers.values()):.2f} of the MLP's output while an answer is said."]
@@ -233,7 +237,7 @@ def draw_found(drawn: list, sizes, path: Path) -> None:
 def draw_layers(found: dict, path: Path) -> None:
     """Bars by layer: what is right without it and with it alone, what its query finds, and how large its update is."""
     layers, places = found["layers"], range(len(found["layers"]))
-    panels = (("right answers", (("without this layer", "em_without"), ("this layer alone", "em_only")), found["em"]),
+    panels = (("right answers", (("without this layer", "em_without"), ("this layer and deeper ones", "em_from")), found["em"]),
               ("divergence without it, nats", (("", "kl_without"),), None),
               ("finds the fact", (("met best", "in_fact"), ("a slot at random", "chance")), None),
               ("size of the update", (("|dW| / |W_down|", "update_norm"), ("of the MLP's output", "share_of_output")), None))

@@ -48,6 +48,7 @@ def test_parts_take_a_layer_out_and_leave_it_alone(arm, sample):
     assert all(n > 0 for n in whole.values()) and set(norms["none", None].values()) == {0.0}
     for i, other in ((1, 2), (2, 1)):
         assert norms["without", i] == {i: 0.0, other: whole[other]} and norms["only", i] == {i: whole[i], other: 0.0}
+    assert norms["from", 1] == whole and norms["from", 2] == {1: 0.0, 2: whole[2]}
 
 
 def test_rows_read_together_are_those_read_alone(arm, sample):
@@ -99,10 +100,11 @@ def test_the_report_is_whole_and_its_words_follow_its_numbers(kit, run_main, tmp
 
 
 def test_words_say_whether_one_layer_carries_the_memory():
-    cell = lambda without, only, found: {"em_without": without, "em_only": only, "in_fact": found, "chance": 0.1, "update_norm": 2.0, "effective_rank": 9.0, "share_of_output": 0.5}
+    cell = lambda without, only, found, deeper=0.8: {"em_without": without, "em_only": only, "em_from": deeper, "in_fact": found, "chance": 0.1, "update_norm": 2.0, "effective_rank": 9.0, "share_of_output": 0.5}
     base = {"conversations": 1, "questions": 4, "em": 0.8, "em_without_memory": 0.0, "loss": 0.5, "loss_without_memory": 4.0}
-    shared = diagnose.words(base | {"layers": {3: cell(0.8, 0.1, 0.2), 6: cell(0.5, 0.3, 0.6)}}, "arm", "base")
+    shared = diagnose.words(base | {"layers": {3: cell(0.8, 0.1, 0.2), 6: cell(0.5, 0.3, 0.6, 0.7)}}, "arm", "base")
     assert "best in 60% of the questions in layer 6" in shared and "Layer 6 is missed most: without its memory 0.500 are right, 0.300 fewer" in shared and "work together" in shared
+    assert "Layers 3 and deeper are enough for 95% of what all of them answer (0.800)" in shared
     alone = diagnose.words(base | {"layers": {3: cell(0.8, 0.7, 0.2), 6: cell(0.8, 0.3, 0.6)}}, "arm", "base")
     assert "no single layer is needed" in alone and "carries most of the memory by itself" in alone
 
