@@ -5,8 +5,9 @@
 For level-1 conversations of a benchmark: (1) the query that predicts the answer's first token is held against the key of every written token,
 layer by layer (keys and queries are unit vectors, or codes whose product is that of two cosines), and the token met best is looked up in the
 text; (2) each layer's memory is taken out, and left alone, and the answers, the gold answer's loss and the divergence of the predictions are
-measured; (3) the update's size, share of the MLP's output and spectrum. Writes OUT/report.json, OUT/found.png (a heat map over the words of
-the first conversation), OUT/layers.png and OUT/report.md, which says it in words.
+measured; (3) the update's size, share of the MLP's output and spectrum; (4) along one long text (a level-3 conversation and the prose behind it, or
+a file), the inner loss of every layer beside the model's own (adaptation.py). Writes OUT/report.json, OUT/found.png (a heat map over the words
+of the first conversation), OUT/layers.png, OUT/along.png and OUT/report.md, which says it in words.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 from tqdm import tqdm
 
+import adaptation
 import benchmark_file
 import prompts
 from conditions import MAX_NEW_TOKENS
@@ -265,13 +267,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--benchmark", default="benchmark_v1.json", help="whose level-1 conversations are looked into (default: %(default)s)")
     parser.add_argument("--lang", default="en", choices=benchmark_file.LANGS)
     parser.add_argument("--samples", type=int, default=10, help="conversations, from the first on (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="a text file to read along (default: the benchmark's first level-3 conversation with its distractor)")
+    parser.add_argument("--tokens", type=int, default=1024, help="of that text (default: %(default)s)")
+    parser.add_argument("--piece", type=int, default=64, help="tokens of a piece, for an arm whose whole text is one chunk (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="folder of the result")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    if arguments.samples < 1:
-        raise UserError(f"--samples {arguments.samples}: use 1 or more")
+    for name in ("samples", "tokens", "piece"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: use 1 or more")
     return arguments
+
+
+def long_text(arguments, bench: dict) -> str:
+    """What is read along."""
+    if arguments.text is not None:
+        try:
+            return arguments.text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text {arguments.text}: cannot be read as UTF-8 text ({type(error).__name__}); name another file") from error
+    found = [s for s in benchmark_file.select_samples(bench, (3,), (arguments.lang,), 1) if s["distractor"]]
+    if not found:
+        raise UserError(f"--benchmark {arguments.benchmark}: no {arguments.lang} sample of level 3 to read along; give a --text")
+    return prompts.with_distractor(found[0])
 
 
 def main() -> None:
@@ -280,18 +299,25 @@ def main() -> None:
     samples = benchmark_file.select_samples(bench, (1,), (arguments.lang,), arguments.samples)
     if not samples:
         raise UserError(f"--benchmark {arguments.benchmark}: no {arguments.lang} sample of level 1; choose another language or file")
+    text = long_text(arguments, bench)
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, find_row(arguments.model))
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded)
+    try:
+        read = adaptation.along(loaded, ttt, prompts.written_ids(loaded.tokenizer, text)[:arguments.tokens], arguments.piece)
+    except ValueError as error:
+        raise UserError(f"--tokens {arguments.tokens}: {error}") from error
     found, drawn = measure(loaded, ttt, samples)
-    text = words(found, manifest["arm"], loaded.row.name)
+    curve = adaptation.summary(read)
+    text = words(found, manifest["arm"], loaded.row.name) + "\n" + adaptation.words(curve, manifest["arm"], ttt.config.rule)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "report.json", {"arm": manifest["arm"], "model": loaded.row.name, "lang": arguments.lang, **found,
+    write_json(arguments.out / "report.json", {"arm": manifest["arm"], "model": loaded.row.name, "lang": arguments.lang, **found, "along": {"text": str(arguments.text or arguments.benchmark), **curve},
                                                "benchmark": {"file": arguments.benchmark, "sha256": benchmark_file.sha256_of(arguments.benchmark)},
                                                "seed": manifest["seed"], "device": reason, **provenance()})
     (arguments.out / "report.md").write_text(text, encoding="utf-8")
     draw_found(drawn, drawn[0][0].memory.layers[ttt.config.layers[0]].sizes, arguments.out / "found.png")
     draw_layers(found, arguments.out / "layers.png")
+    adaptation.draw(read, arguments.out / "along.png")
     print(text + f"Report and figures: {arguments.out}")
 
 

@@ -118,6 +118,7 @@ class Writer:
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self.pending: dict[int, Pending] = {}
         self.slots: Slots | None = None  # of all tokens, layer by layer in order: [layers, B, ...], after memory() of a differentiable write
+        self.wanted: dict[int, tuple[LayerMemory, torch.Tensor]] = {}  # likewise: each layer's keys with what they are to answer, and the strength [B, S] of each
         self.tokens_B: torch.Tensor | None = None
         self._real_BL = self._position_BL = self._embed_BLD = None
         self._passed: set[int] = set()  # layers that the announced call has been through
@@ -243,9 +244,11 @@ class Writer:
         keys, contents, weights = (side_by_side(t) for t in (keys, contents, weights))
         of_layers = lambda values: {index: LayerMemory.factored(k, v, sizes=self.owner.fast[str(index)].sizes)
                                     for index, k, v in zip(self.pending, keys, values)}
+        asked = of_layers(contents)
+        self.wanted = {index: (layer, w) for (index, layer), w in zip(asked.items(), weights)} if self.differentiable else {}
         if config.rule == "hebbian":
             return of_layers(contents * weights.unsqueeze(-1))
-        return self._solve(of_layers(contents), {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(self.pending, weights)})
+        return self._solve(asked, {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(self.pending, weights)})
 
     def _solve(self, updates: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, LayerMemory]:
         """Ridge: the values that answer the updates' contents at their keys, and all that the memory before still knows the targets of.

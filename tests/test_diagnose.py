@@ -96,7 +96,8 @@ def test_the_report_is_whole_and_its_words_follow_its_numbers(kit, run_main, tmp
     for cell in report["layers"].values():
         assert 0 <= cell["em_without"] <= 1 and 0 <= cell["in_fact"] <= 1 and cell["kl_without"] >= 0 and cell["effective_rank"] >= 1 and cell["update_norm"] > 0
     assert out.startswith((tmp_path / "d/report.md").read_text(encoding="utf-8")) and f"{report['em']:.3f} right with the memory" in out
-    assert {p.name for p in (tmp_path / "d").iterdir()} == {"report.json", "report.md", "found.png", "layers.png"}
+    assert {p.name for p in (tmp_path / "d").iterdir()} == {"report.json", "report.md", "found.png", "layers.png", "along.png"}
+    assert report["along"]["pieces"] > 1 and report["along"]["state"] in out and f"Verdict: {report['along']['disconnect']}" in out
 
 
 def test_words_say_whether_one_layer_carries_the_memory():
@@ -109,7 +110,9 @@ def test_words_say_whether_one_layer_carries_the_memory():
     assert "no single layer is needed" in alone and "carries most of the memory by itself" in alone
 
 
-@pytest.mark.parametrize("more, message", [(("--samples", "0"), "--samples 0: use 1 or more"), (("--lang", "zh", "--samples", "1"), None)])
+@pytest.mark.parametrize("more, message", [(("--samples", "0"), "--samples 0: use 1 or more"), (("--lang", "zh", "--samples", "1"), None),
+                                           (("--tokens", "4"), "--tokens 4: a text of 4 tokens is one piece of 16; give a longer text"), (("--piece", "0"), "--piece 0: use 1 or more"),
+                                           (("--text", "nowhere.txt"), "--text nowhere.txt: cannot be read as UTF-8 text (FileNotFoundError); name another file")])
 def test_bad_arguments_are_one_line(kit, run_main, tmp_path, more, message):  # noqa: F811
     model, adapter = kit("tiny-llama")
     bench = json.loads(kit.benchmark.read_text(encoding="utf-8"))
