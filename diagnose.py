@@ -202,15 +202,19 @@ def words(found: dict, arm: str, model: str) -> str:
     lines = [f"{arm} on {model}, {found['conversations']} conversations, {found['questions']} questions: {found['em']:.3f} right with the memory, "
              f"{found['em_without_memory']:.3f} without; loss of the gold answer {found['loss']:.2f} and {found['loss_without_memory']:.2f} nats a token.",
              f"The question's query meets a token of the right fact best in {layers[finder]['in_fact']:.0%} of the questions in layer {finder} "
-             f"(a slot drawn at random: {layers[finder]['chance']:.0%}); over all layers in {sum(c['in_fact'] for c in layers.values()) / len(layers):.0%}.",
-             f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
-             (f", {lost:.3f} fewer." if lost > 0 else ", so no single layer is needed."),
-             f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
-             ("The layers work together." if layers[alone]["em_only"] < 0.5 * found["em"] else "It carries most of the memory by itself.") +
-             f" Layers {deep} and deeper are enough for 95% of what all of them answer ({layers[deep]['em_from']:.3f}).",
-             f"The update is {min(c['update_norm'] for c in layers.values()):.2f} to {max(c['update_norm'] for c in layers.values()):.2f} times |W_down|, of effective rank "
-             f"{min(c['effective_rank'] for c in layers.values()):.0f} to {max(c['effective_rank'] for c in layers.values()):.0f}, and adds "
-             f"{min(c['share_of_output'] for c in layers.values()):.2f} to {max(c['share_of_output'] for c in layers.values()):.2f} of the MLP's output while an answer is said."]
+             f"(a slot drawn at random: {layers[finder]['chance']:.0%}); over all layers in {sum(c['in_fact'] for c in layers.values()) / len(layers):.0%}."]
+    if found["em"] <= found["em_without_memory"]:
+        lines.append("The memory answers nothing that is not answered without it, so no layer can be missed.")
+    else:
+        lines += [
+            f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
+            (f", {lost:.3f} fewer." if lost > 0 else ", so no single layer is needed."),
+            f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
+            ("The layers work together." if layers[alone]["em_only"] < 0.5 * found["em"] else "It carries most of the memory by itself.") +
+            f" Layers {deep} and deeper are enough for 95% of what all of them answer ({layers[deep]['em_from']:.3f})."]
+    lines.append(f"The update is {min(c['update_norm'] for c in layers.values()):.2f} to {max(c['update_norm'] for c in layers.values()):.2f} times |W_down|, of effective rank "
+                 f"{min(c['effective_rank'] for c in layers.values()):.0f} to {max(c['effective_rank'] for c in layers.values()):.0f}, and adds "
+                 f"{min(c['share_of_output'] for c in layers.values()):.2f} to {max(c['share_of_output'] for c in layers.values()):.2f} of the MLP's output while an answer is said.")
     return "\n\n".join(lines) + "\n"
 
 
@@ -251,7 +255,8 @@ def draw_layers(found: dict, path: Path) -> None:
                    color=("#0072B2", "#E69F00")[number])
         if whole is not None:
             ax.axhline(whole, color="black", linewidth=1, label="all layers")
-        ax.set_xticks(places, list(layers))
+        every = -(-len(layers) // 10)
+        ax.set_xticks(places[::every], list(layers)[::every])
         ax.set_xlabel("layer")
         ax.set_title(title, fontsize=9)
         if len(series) > 1:

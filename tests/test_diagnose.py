@@ -107,6 +107,8 @@ def test_words_say_whether_one_layer_carries_the_memory():
     assert "best in 60% of the questions in layer 6" in shared and "Layer 6 is missed most: without its memory 0.500 are right, 0.300 fewer" in shared and "work together" in shared
     assert "Layers 3 and deeper are enough for 95% of what all of them answer (0.800)" in shared
     alone = diagnose.words(base | {"layers": {3: cell(0.8, 0.7, 0.2), 6: cell(0.8, 0.3, 0.6)}}, "arm", "base")
+    nothing = diagnose.words(base | {"em": 0.0, "layers": {3: cell(0.0, 0.1, 0.2, 0.0), 6: cell(0.0, 0.0, 0.6, 0.0)}}, "arm", "base")
+    assert "answers nothing that is not answered without it" in nothing and "is missed most" not in nothing and "Alone" not in nothing and "The update is 2.00" in nothing
     assert "no single layer is needed" in alone and "carries most of the memory by itself" in alone
 
 
