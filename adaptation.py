@@ -12,7 +12,6 @@ l_prev is the loss under the memory before the piece, l_after under the memory a
 """
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +20,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
 
 from arms import base_digest
-from decoding import Past
+from decoding import Past, forward_all, reading
 from in_place_ttt import InPlaceTTT
 from memory import LayerMemory, tensors_digest
 from model_utils import Loaded
@@ -62,15 +60,12 @@ def inner_loss(rule: str, asked: LayerMemory, strength_BS: torch.Tensor, memory:
     return share((read_SD - wanted_SD).pow(2)) / whole if rule == "ridge" else -share(read_SD * wanted_SD) / whole
 
 
-def read_on(loaded: Loaded, ids: list[int], past: Past, last: torch.Tensor | None, session=None) -> tuple[list[float], torch.Tensor, Past]:
+def read_on(loaded: Loaded, ids: list[int], past: Past | None, last: torch.Tensor | None, session=None) -> tuple[list[float], torch.Tensor, Past]:
     """(losses of the tokens, the logits after the last, the longer past) of one more piece; last: the logits before it."""
     tokens = torch.tensor([ids], device=loaded.device)
-    if session is not None:
-        session.expect(torch.ones_like(tokens))
-    mask = torch.cat([past.mask, torch.ones_like(tokens)], 1)
-    out = loaded.model(input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -len(ids):], past_key_values=past.cache, use_cache=True)
-    before = out.logits[0, :-1] if last is None else torch.cat([last[None], out.logits[0, :-1]])
-    return cross_entropy(before.float(), tokens[0, len(ids) - len(before):], reduction="none").tolist(), out.logits[0, -1], Past(past.cache, mask)
+    logits, past = forward_all(loaded.model, tokens, torch.ones_like(tokens), past, session)
+    before = logits[0, :-1] if last is None else torch.cat([last[None], logits[0, :-1]])
+    return cross_entropy(before.float(), tokens[0, len(ids) - len(before):], reduction="none").tolist(), logits[0, -1], past
 
 
 def digest_of_parameters(loaded: Loaded, ttt: InPlaceTTT) -> str:
@@ -83,18 +78,17 @@ def along(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], length: int) -> Along
     cut = pieces(ids, ttt, length)
     if len(cut) < 2:
         raise ValueError(f"a text of {len(ids)} tokens is one piece of {ttt.config.chunk or length}; give a longer text or shorter pieces")
-    empty = lambda: Past(DynamicCache(), torch.ones(1, 0, dtype=torch.long, device=loaded.device))
-    found, memory, last, pasts = Along(prev={i: [] for i in ttt.config.layers}, after={i: [] for i in ttt.config.layers}), None, {}, {name: empty() for name in ("off", "on", "write")}
+    found, memory, last, pasts = Along(prev={i: [] for i in ttt.config.layers}, after={i: [] for i in ttt.config.layers}), None, {}, {}
     found.parameters.append(digest_of_parameters(loaded, ttt))
     start = 0
     for piece in cut:
         found.starts.append(start)
-        for name, context in (("off", contextlib.nullcontext()), ("on", ttt.read(memory) if memory else contextlib.nullcontext())):
-            with context as session:
-                losses, last[name], pasts[name] = read_on(loaded, piece, pasts[name], last.get(name), session)
+        for name, known in (("off", None), ("on", memory)):
+            with reading(ttt, known) as session:
+                losses, last[name], pasts[name] = read_on(loaded, piece, pasts.get(name), last.get(name), session)
             getattr(found, name).append(losses)
         with ttt.write(memory, differentiable=True) as writer:
-            _, _, pasts["write"] = read_on(loaded, piece, pasts["write"], None, writer)
+            _, _, pasts["write"] = read_on(loaded, piece, pasts.get("write"), None, writer)
         earlier, memory = memory, writer.memory()
         for i, (asked, strength) in writer.wanted.items():
             found.prev[i].append(inner_loss(ttt.config.rule, asked, strength, earlier and earlier.layers[i]))

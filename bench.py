@@ -22,8 +22,8 @@ import torch
 from matplotlib.figure import Figure
 
 import benchmark_file
-from conditions import CONDITIONS, Texts, answer, plan, reading, text_length
-from decoding import SEGMENT, greedy, kv_bytes_per_token, prefill, write_rows
+from conditions import CONDITIONS, Texts, answer, plan, text_length
+from decoding import SEGMENT, greedy, kv_bytes_per_token, prefill, reading, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
@@ -94,8 +94,10 @@ class Bench:
             ttt, _ = load_adapter(self.adapter, self.loaded)
         else:
             ttt = InPlaceTTT(self.model, config or getattr(self.loaded.row, self.form))
-        yield ttt
-        ttt.detach()
+        try:
+            yield ttt
+        finally:
+            ttt.detach()
 
     def rows(self, count: int, length: int) -> list[list[int]]:
         return torch.randint(0, 250, (count, length), generator=self.generator).tolist()

@@ -5,7 +5,6 @@ each condition tells is in report_tables.MEANINGS.
 """
 from __future__ import annotations
 
-import contextlib
 import functools
 import zlib
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import prompts
-from decoding import check_window, greedy, prefill, write_rows
+from decoding import check_window, greedy, prefill, reading, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError
 from memory import Memory
@@ -186,11 +185,6 @@ def read_prompt(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, 
         with reading(ttt, memory) as session:
             _, past = prefill(model, [head + ids for ids in shown], tokenizer.pad_token_id, session=session)
     return past, memory, [len(head) + len(ids) for ids in shown]
-
-
-def reading(ttt: InPlaceTTT | None, memory: Memory | None):
-    """The read context of a memory, or nothing at all where a condition has none."""
-    return contextlib.nullcontext() if memory is None else ttt.read(memory)
 
 
 @torch.inference_mode()

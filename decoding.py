@@ -5,6 +5,7 @@ only the Memory is the KV-stripped forward: positions restart at 0 and nothing o
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -54,8 +55,19 @@ def attention_kinds(seen_BLT: torch.Tensor, query_BL: torch.Tensor, key_BT: torc
     return {"full_attention": seen_BLT[:, None], "sliding_attention": (seen_BLT & near_BLT)[:, None]}
 
 
+def reading(ttt: InPlaceTTT | None, memory: Memory | None):
+    """The read context of a memory, or nothing at all where there is none."""
+    return contextlib.nullcontext() if memory is None else ttt.read(memory)
+
+
 def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None, session=None) -> tuple[torch.Tensor, Past]:
-    """One call of the model after `past`. Returns the logits of the last position [B, V] and the longer Past.
+    """One call of the model after `past`, as `forward_all`. Returns the logits of the last position [B, V] and the longer Past."""
+    logits, past = forward_all(model, ids_BL, mask_BL, past, session, keep=1)
+    return logits[:, -1], past
+
+
+def forward_all(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None, session=None, keep: int = 0) -> tuple[torch.Tensor, Past]:
+    """One call of the model after `past`. Returns the logits of the last `keep` positions (0: of all), [B, K, V], and the longer Past.
 
     session: the Writer or Reader of the context this runs in, to whom the tokens are announced; None outside of one.
     """
@@ -70,8 +82,8 @@ def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | Non
         seen_BLT = mask[:, None, :].bool() & (column_T[-ids_BL.shape[1]:, None] >= column_T)
         visible = attention_kinds(seen_BLT, position_BL, mask.cumsum(1) - 1, window)
     out = model(input_ids=ids_BL, attention_mask=visible, position_ids=position_BL, past_key_values=cache, use_cache=True,
-                logits_to_keep=1)
-    return out.logits[:, -1], Past(cache, mask)
+                logits_to_keep=keep)
+    return out.logits, Past(cache, mask)
 
 
 def prefill(model, rows: list[list[int]], pad_id: int, past: Past | None = None, session=None) -> tuple[torch.Tensor, Past]:

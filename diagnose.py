@@ -25,7 +25,7 @@ import adaptation
 import benchmark_file
 import prompts
 from conditions import MAX_NEW_TOKENS
-from decoding import greedy, prefill
+from decoding import forward_all, greedy, prefill
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
@@ -90,9 +90,7 @@ def ask(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, lang: str, probe: dict)
         keep = lambda name: lambda module, inputs, output: outputs.__setitem__(name, output[0, answer].float())
         hooks += [mlp.register_forward_hook(keep((i, "all"))), mlp.base.down_proj.register_forward_hook(keep((i, "base")))]
     with ttt.read(memory, watch) as session:
-        session.expect(torch.ones_like(ids))
-        mask = torch.cat([past.mask, torch.ones_like(ids)], 1)
-        logits = loaded.model(input_ids=ids, attention_mask=mask, past_key_values=past.cache, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1]:]).logits
+        logits, _ = forward_all(loaded.model, ids, torch.ones_like(ids), past, session)
     for hook in hooks:
         hook.remove()
     norm = lambda t: torch.linalg.vector_norm(t, dim=-1)
@@ -118,14 +116,19 @@ def belongs(text: Text, probe: dict) -> torch.Tensor:
     return inside | torch.cat([inside[1:], torch.tensor([False])])
 
 
+def met_by(query_MK: torch.Tensor, text: Text, i: int, sizes) -> torch.Tensor:
+    """How well a layer's query for the answer's first token meets the key of each written token, [S]; nan where it left no slot."""
+    met_S = meets(query_MK[None, :1], text.keys[i], sizes)[0, 0].float().cpu()
+    return met_S.masked_fill(text.strength[i].cpu() <= 0, float("nan"))
+
+
 def met_best(text: Text, asked: Asked, probe: dict, sizes) -> dict[int, dict]:
     """Of each layer: the written token that the query for the answer's first token meets best, how well, and whether it belongs to the fact;
     chance: the share of slots that do."""
     inside, found = belongs(text, probe), {}
     for i, query in asked.queries.items():
-        slot = text.strength[i].cpu() > 0
-        met = meets(query[None, :1], text.keys[i], sizes)[0, 0].float().cpu().masked_fill(~slot, float("-inf"))
-        best = int(met.argmax())
+        met = met_by(query, text, i, sizes)
+        slot, best = ~met.isnan(), int(met.nan_to_num(nan=float("-inf")).argmax())
         found[i] = {"token": best, "word": text.words[best], "next": text.words[best + 1] if best + 1 < len(text.words) else "", "met": met[best].item(),
                     "in_fact": bool(inside[best]), "chance": (inside & slot).sum().item() / max(1, int(slot.sum()))}
     return found
@@ -156,17 +159,18 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict,
     """(the report's numbers, what found.png draws)."""
     layers, drawn, rows, correct = list(ttt.config.layers), [], [], {}
     sums = {i: {"update_norm": [], "effective_rank": [], "share_of_output": [], "kl_without": [], "in_fact": [], "chance": [], "met": []} for i in layers}
-    losses = {}
+    losses, first_spectra = {}, {}
     for sample in tqdm(samples, unit="conversation", desc="looking"):
         text = write(loaded, ttt, sample)
         parts = parts_of(text.memory)
         together = Memory.stack(list(parts.values()))
         for name, answered in zip(parts, right(loaded, ttt, together, sample)):
             correct.setdefault(name, []).extend(answered)
-        norms = text.memory.update_norms()
+        norms, spectra = text.memory.update_norms(), {i: spectrum(text.memory, i) for i in layers}
+        first_spectra = first_spectra or spectra
         for i in layers:
             sums[i]["update_norm"].append(norms[i].item())
-            sums[i]["effective_rank"].append(spectrum(text.memory, i)["effective_rank"])
+            sums[i]["effective_rank"].append(spectra[i]["effective_rank"])
         for number, probe in enumerate(sample["probes"]):
             asked = ask(loaded, ttt, together, sample["lang"], probe)
             predicted = dict(zip(parts, log_softmax(asked.logits, -1)))
@@ -186,7 +190,7 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict,
         f"{name}_{kind}": mean(measured[kind, i]) for name, measured in (("em", correct), ("loss", losses)) for kind in ("without", "only", "from")} for i in layers}
     return {"conversations": len(samples), "questions": len(rows), "em": mean(correct["all", None]), "em_without_memory": mean(correct["none", None]),
             "loss": mean(losses["all", None]), "loss_without_memory": mean(losses["none", None]), "layers": by_layer,
-            "spectrum_of_the_first": {i: spectrum(write(loaded, ttt, samples[0]).memory, i) for i in layers}, "questions_and_what_they_met": rows}, drawn
+            "spectrum_of_the_first": first_spectra, "questions_and_what_they_met": rows}, drawn
 
 
 # ---- the report ----
@@ -228,7 +232,7 @@ def draw_found(drawn: list, sizes, path: Path) -> None:
     panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     figure.suptitle(f"{text.sample['sample_id']}: how well each question meets the written tokens, by layer (red: the fact; white: no slot; labels: the token and the one after it)", fontsize=9)
     for ax, (_, probe, asked) in zip(panels, drawn):
-        met = [meets(query[None, :1], text.keys[i], sizes)[0, 0].float().cpu().masked_fill(text.strength[i].cpu() <= 0, float("nan"))[places] for i, query in asked.queries.items()]
+        met = [met_by(query, text, i, sizes)[places] for i, query in asked.queries.items()]
         image = ax.imshow(torch.stack(met).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
         ax.set_yticks(range(len(met)), list(asked.queries), fontsize=6)
         ax.set_ylabel("layer", fontsize=7)

@@ -9,7 +9,6 @@ costs a question about another text in the prompt is the condition A_foreign of 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 import benchmark_file
 import prompts
-from decoding import whole_rows, write_rows
+from decoding import reading, whole_rows, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
@@ -28,7 +27,7 @@ from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 
 def token_losses(loaded: Loaded, rows: list[list[int]], ttt: InPlaceTTT | None = None, memory: Memory | None = None) -> list[torch.Tensor]:
     """-log p of every token of each row but its first, in nats; with a memory attached where one is given."""
-    with ttt.read(memory) if memory else contextlib.nullcontext() as session:
+    with reading(ttt, memory) as session:
         logits, ids, _ = whole_rows(loaded.model, rows, loaded.tokenizer.pad_token_id, session)
     losses_BL = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return [losses_BL[i, -(len(row) - 1):].cpu() for i, row in enumerate(rows)]

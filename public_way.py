@@ -51,9 +51,11 @@ class PublicWay:
         others = {i: self.layers[i].mlp for i in self.mlps}
         for i, mlp in self.mlps.items():
             self.layers[i].mlp, mlp.writing = mlp, writing
-        yield
-        for i, other in others.items():
-            self.layers[i].mlp = other
+        try:
+            yield
+        finally:  # bench.py goes on after an out-of-memory error
+            for i, other in others.items():
+                self.layers[i].mlp = other
 
     @torch.inference_mode()
     def ingest(self, ids_1L: torch.Tensor) -> None:
@@ -70,11 +72,13 @@ class PublicWay:
         """Forward and backward of the next-token loss, with checkpoints at every layer, as the model's own switch sets them."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
-        with self._standing(writing=True):
-            logits = self.model(input_ids=ids_1L, use_cache=False).logits
-            cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:]).backward()
-        self.model.eval()
-        self.model.gradient_checkpointing_disable()
-        for mlp in self.mlps.values():
-            mlp.zero_grad(set_to_none=True)
-            mlp.weight = mlp.base.down_proj.weight.detach()
+        try:
+            with self._standing(writing=True):
+                logits = self.model(input_ids=ids_1L, use_cache=False).logits
+                cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:]).backward()
+        finally:
+            self.model.eval()
+            self.model.gradient_checkpointing_disable()
+            for mlp in self.mlps.values():
+                mlp.zero_grad(set_to_none=True)
+                mlp.weight = mlp.base.down_proj.weight.detach()

@@ -145,6 +145,20 @@ def test_a_way_without_memory_is_left_out_and_the_others_stay(tiny, capsys):
     assert [line.way for line in small.lines] == ["one", "three"] and "out of memory" in capsys.readouterr().out
 
 
+def test_a_public_call_that_fails_leaves_the_base_as_it_was(tiny, monkeypatch):
+    """bench.py goes on with the other ways after an out-of-memory error."""
+    public, ids, mlps = PublicWay(tiny.model, (1, 2)), torch.arange(20)[None], [layer.mlp for layer in tiny.model.get_decoder().layers]
+
+    def full(self, x_BLD):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("public_way.DenseMLP.forward", full)
+    for call in (public.ingest, public.train_step, lambda ids: public.answer(ids, 2)):
+        with pytest.raises(torch.OutOfMemoryError):
+            call(ids)
+        assert [layer.mlp for layer in tiny.model.get_decoder().layers] == mlps and not tiny.model.training and not tiny.model.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize("more, message", [(("--parts", "probe,speed"), "--parts speed: unknown; use some of machine,probe"),
                                            (("--weights", "random", "--adapter", "x"), "leave it out with --weights random"),
                                            (("--model", "nothing"), "--model nothing: unknown")])
