@@ -6,15 +6,17 @@ Beside the answers' cross-entropy a recall arm with codes has four aids, which s
     address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among the
               tokens of up to eight conversations and a null that stands for "nothing written" (InfoNCE; the line break asks the null)
     worth     the write gate is to open where a fact's value follows, and nowhere else (binary cross-entropy)
-    calm      prose read with a memory attached is to be predicted as without (Kullback-Leibler)
-    foreign   questions about what was never written are to be answered as without a memory, with their text in the prompt and
+    calm      prose read with a memory attached is to be predicted as by the untouched base (Kullback-Leibler)
+    foreign   questions about what was never written are to be answered as by the untouched base, with their text in the prompt and
               without it (Kullback-Leibler over the tokens of the answer)
 """
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 
 from decoding import attention_kinds, sliding_window
@@ -72,12 +74,12 @@ def judged(logits_MV: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Ste
     return Step(cross_entropy(logits_MV, wanted), wanted.numel(), right, tokens)
 
 
-def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS, joint: bool = False) -> Step:
-    """Write each conversation, drop it, and answer with the memory alone. joint: the base that writes learns too."""
+def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS, lora: PeftModel | None = None) -> Step:
+    """Write each conversation, drop it, and answer with the memory alone. lora: a joint arm's, on the base that writes and learns too."""
     pad_id = loaded.tokenizer.pad_token_id
     ids, mask = pad_right([example.written for example in batch.examples], pad_id, device)
     # a frozen base's activations while writing carry no gradient; the values, made of them in memory(), do
-    with torch.set_grad_enabled(joint), ttt.write(differentiable=True) as writer:
+    with torch.set_grad_enabled(lora is not None), ttt.write(differentiable=True) as writer:
         writer.expect(mask)
         loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory(batch.group)
@@ -99,7 +101,7 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
             worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
             aids["worth"] = worth_loss(writer.slots.worth, worth, mask, measures)
         if others:
-            aids |= changes(loaded, logits_MV[asked:], batch, pad_id, device)
+            aids |= changes(loaded, lora, logits_MV[asked:], batch, pad_id, device)
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
     tokens = answered.tokens + ids.numel() + sum(example.prompt_tokens for example in others)  # these are read without a memory too
@@ -110,11 +112,11 @@ def answer_tokens(examples: list[Example]) -> int:
     return sum(len(answer) for example in examples for _, answer in example.pairs)
 
 
-def changes(loaded: Loaded, attached_MV: torch.Tensor, batch: Batch, pad_id: int, device) -> dict[str, torch.Tensor]:
-    """Kullback-Leibler divergence, mean over the tokens, of what the foreign and the calm rows' answer tokens are predicted as without
-    a memory from the logits with one attached."""
+def changes(loaded: Loaded, lora: PeftModel | None, attached_MV: torch.Tensor, batch: Batch, pad_id: int, device) -> dict[str, torch.Tensor]:
+    """Kullback-Leibler divergence, mean over the tokens, of what the untouched base predicts the foreign and the calm rows' answer tokens as
+    from the logits with a memory attached (and a joint arm's LoRA on)."""
     kinds = {name: rows for name, rows in (("foreign", batch.foreign), ("calm", batch.calm)) if rows}
-    with torch.no_grad():
+    with torch.no_grad(), lora.disable_adapter() if lora else nullcontext():
         without_MV = log_softmax(answer_logits(loaded, pack([*batch.foreign, *batch.calm], pad_id, device)), -1)
     counts = [answer_tokens(rows) for rows in kinds.values()]
     return {name: kl_div(log_softmax(attached, -1), without, reduction="batchmean", log_target=True)

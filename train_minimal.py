@@ -70,10 +70,10 @@ def check_course(losses: list[float], update: int) -> None:
         raise Diverged(f"the loss climbed from {min(means):.2f} to {means[-1]:.2f} by update {update}")
 
 
-def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, first: int, losses, log, save) -> None:
+def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, losses, log, save) -> None:
     """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones, each of --snapshots and
     the last. first: the dataset's item of the first update."""
-    device, step, started = loaded.device, make_step(arguments), time.time()
+    device, step, started, parameters = loaded.device, make_step(arguments, arm), time.time(), list(arm.trained().values())
     bar = tqdm(batches(dataset, arguments.workers, start=first + len(losses)), total=arguments.updates, initial=len(losses),
                desc=arguments.arm, unit="update")
     for update, batch in enumerate(bar, len(losses)):
@@ -82,7 +82,7 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, first:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         torch.manual_seed(arguments.seed * arguments.updates + update)  # a resumed run drops what an uninterrupted one would
-        result = step(loaded, ttt, batch, device)
+        result = step(loaded, arm.ttt, batch, device)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
         losses.append(result.loss.item())
@@ -102,10 +102,10 @@ def train(arguments, loaded: Loaded, ttt, parameters, optimizer, dataset, first:
             save(update + 1)
 
 
-def make_step(arguments):
+def make_step(arguments, arm: Arm):
     """The objective's step, (loaded, ttt, batch, device) -> Step."""
     step = OBJECTIVES[arguments.objective]
-    return partial(step, weights=aid_weights(arguments), joint=arguments.joint) if arguments.objective == "recall" else step
+    return partial(step, weights=aid_weights(arguments), lora=arm.lora) if arguments.objective == "recall" else step
 
 
 def aid_weights(arguments) -> dict[str, float]:
@@ -313,7 +313,7 @@ def main() -> None:
             (folder / STATE).unlink(missing_ok=True)
 
     with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
-        run_training(arguments, lambda: train(arguments, loaded, arm.ttt, list(trained.values()), optimizer, dataset, first, losses, log, save), folder)
+        run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save), folder)
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
           f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,D_distractor' if arguments.joint else ''}")
 

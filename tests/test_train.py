@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from conftest import FAMILIES, strengthen, tiny, token_rows
 
@@ -432,6 +433,29 @@ def test_a_joint_arm_trains_a_lora_that_writes_and_reads(tmp_path, call, run_mai
     assert code == 0 and json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["frozen"] is False, err
 
 
+def with_lora(loaded, size=0.0):
+    """A LoRA on the base's attention; size: of its otherwise empty half."""
+    lora = get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]))
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=size)
+    return lora
+
+
+@torch.no_grad()
+def test_a_joint_arm_is_held_to_the_untouched_base(attached, monkeypatch):
+    """With a memory that is empty, what is left to mend is what the LoRA changed, and none of it where it changes nothing."""
+    loaded, batch = tiny("tiny-llama"), conversations()
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=None, **DEEP))
+    memory = in_place_ttt.Writer.memory
+    monkeypatch.setattr(in_place_ttt.Writer, "memory", lambda self, group: memory(self, group).scale(0.0))
+    for size, changed in ((0.0, False), (0.5, True)):
+        lora = with_lora(loaded, size)
+        measures = recall_step(loaded, ttt, with_others(batch, 1), CPU, lora=lora).measures
+        lora.unload()
+        assert all((measures[kind].item() > 1e-4) == changed for kind in ("calm", "foreign")), measures
+
+
 @torch.enable_grad()
 def test_the_answers_reach_a_joint_base_through_the_write(attached):
     """A weight that both writes and reads: joint, its slope differs by what came through the write."""
@@ -441,9 +465,13 @@ def test_the_answers_reach_a_joint_base_through_the_write(attached):
     slopes = {}
     try:
         gate.requires_grad_(True)
-        for joint in (False, True):
-            recall_step(loaded, ttt, conversations(), CPU, joint=joint).loss.backward()
-            slopes[joint], gate.grad = gate.grad.clone(), None
+        recall_step(loaded, ttt, conversations(), CPU).loss.backward()
+        slopes[False], gate.grad = gate.grad.clone(), None
+        lora = with_lora(loaded)
+        gate.requires_grad_(True)  # peft freezes what is not its own
+        recall_step(loaded, ttt, conversations(), CPU, lora=lora).loss.backward()
+        slopes[True], gate.grad = gate.grad.clone(), None
+        lora.unload()
     finally:
         gate.requires_grad_(False)
         ttt.zero_grad(set_to_none=True)
