@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from fixed_cache import FixedCache
 from in_place_ttt import InPlaceTTT
 from manifests import UserError
 from memory import Memory
 
+WARM = 2        # steps of an answer on a GPU before one is captured
 SEGMENT = 1024  # tokens of one forward call while a long text is read; bounds the attention matrix and what a write holds
 
 
@@ -116,6 +118,84 @@ def whole_rows(model, rows: list[list[int]], pad_id: int, session=None) -> tuple
     return model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits, ids, mask
 
 
+class Steps:
+    """Greedy answers of B rows, a token a step, in place: after what `past` holds, which it takes over, and under `session` as `forward`.
+
+    tokens [B, room]: what was said so far, pads behind a row's end. alive [B]: rows that have not ended. On a GPU the steps after
+    the first WARM ones are one captured graph: a step of a small batch is else bound by the launching of its kernels.
+    """
+
+    def __init__(self, model, tokenizer, logits_BV: torch.Tensor, past: Past, room: int, session=None):
+        batch, self.device = logits_BV.shape[0], logits_BV.device
+        self.model, self.session, self.pad_id = model, session, tokenizer.pad_token_id
+        self.window = sliding_window(model.config.get_text_config())
+        self.stops_V = stop_mask(tokenizer, logits_BV.shape[1], self.device)
+        self.tokens_BN = torch.full((batch, room), self.pad_id, device=self.device)
+        self.alive_B = torch.ones(batch, dtype=torch.bool, device=self.device)
+        self.chosen_B1 = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self.said, self.column = (torch.tensor([n], device=self.device) for n in (0, past.mask.shape[1]))
+        self.mask_BT = torch.nn.functional.pad(past.mask.bool(), (0, room))
+        self.cache = FixedCache(past.cache, room, self.column)
+        self.done, self.graph = 0, None
+        if session is not None:
+            session.fix(room)
+        self._choose(logits_BV)
+
+    def _choose(self, logits_BV: torch.Tensor) -> None:
+        chosen_B = logits_BV.argmax(-1)
+        self.tokens_BN.index_copy_(1, self.said, torch.where(self.alive_B, chosen_B, self.pad_id)[:, None])
+        self.alive_B &= ~self.stops_V[chosen_B]
+        self.chosen_B1.copy_(chosen_B[:, None])
+        self.said += 1
+
+    def _step(self) -> None:
+        """Read the tokens chosen last and choose the next."""
+        self.mask_BT.index_fill_(1, self.column, True)
+        place_BT = self.mask_BT.cumsum(1) - 1
+        position_B1, visible = place_BT.index_select(1, self.column), self.mask_BT[:, None, None]
+        if self.window is not None:
+            visible = attention_kinds(self.mask_BT[:, None], position_B1, place_BT, self.window)
+        if self.session is not None:
+            self.session.expect(torch.ones_like(self.chosen_B1))
+        out = self.model(input_ids=self.chosen_B1, attention_mask=visible, position_ids=position_B1, past_key_values=self.cache, use_cache=True,
+                         logits_to_keep=1)
+        self.column += 1
+        if self.session is not None:
+            self.session.advance()
+        self._choose(out.logits[:, -1])
+
+    def run(self) -> None:
+        """One step."""
+        if self.device.type != "cuda":
+            self._step()
+        elif self.done < WARM:
+            self._on_side_stream(self._step)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                self._on_side_stream(self._capture)
+            self.graph.replay()
+        self.done += 1
+
+    def _capture(self) -> None:
+        self.graph.capture_begin()
+        self._step()  # records, does nothing
+        self.graph.capture_end()
+
+    def _on_side_stream(self, work) -> None:
+        """Capture needs a stream of its own, and what is captured must have run there before (torch's notes on CUDA graphs)."""
+        side = capture_stream(self.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 @functools.lru_cache(maxsize=4)
 def stop_ids(tokenizer) -> frozenset[int]:
     """Tokens that end an answer: end of text, end of turn, and everything with a line break in it."""
@@ -123,23 +203,25 @@ def stop_ids(tokenizer) -> frozenset[int]:
     return frozenset([i for i, text in enumerate(texts) if "\n" in text] + list(tokenizer.all_special_ids))
 
 
+@functools.lru_cache(maxsize=4)
+def stop_mask(tokenizer, vocabulary: int, device) -> torch.Tensor:
+    """Which of the model's token ids end an answer, [V]; a model may have more of them than its tokenizer."""
+    mask_V = torch.zeros(vocabulary, dtype=torch.bool)
+    mask_V[[i for i in stop_ids(tokenizer) if i < vocabulary]] = True
+    return mask_V.to(device)
+
+
 def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None, early_stop: bool = True) -> list[str]:
-    """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped.
+    """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped. Takes `past` over.
 
     early_stop: leave once every row has ended; without, every call costs the same, as a benchmark of time wants it.
     """
-    device = logits_BV.device
-    stops = torch.tensor(sorted(stop_ids(tokenizer)), device=device)
-    alive = torch.ones(logits_BV.shape[0], dtype=torch.bool, device=device)
-    tokens: list[torch.Tensor] = []
-    for step in range(max_new_tokens):
-        chosen = logits_BV.argmax(-1)
-        tokens.append(torch.where(alive, chosen, tokenizer.pad_token_id))
-        alive = alive & ~torch.isin(chosen, stops)
-        if step + 1 == max_new_tokens or early_stop and not alive.any():
+    steps = Steps(model, tokenizer, logits_BV, past, max_new_tokens, session)
+    for _ in range(max_new_tokens - 1):
+        if early_stop and not steps.alive_B.any():
             break
-        logits_BV, past = forward(model, chosen[:, None], torch.ones_like(chosen)[:, None], past, session)
-    texts = tokenizer.batch_decode(torch.stack(tokens, 1), skip_special_tokens=True)
+        steps.run()
+    texts = tokenizer.batch_decode(steps.tokens_BN, skip_special_tokens=True)
     return [text.split("\n")[0].strip() for text in texts]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fixed_cache import FixedPair
 from fast_weight import FastWeight, Slots, chunk_of, fit, whole_or_by_rows, write_bias
 from memory import LayerMemory, Memory, expand, leading, meets, pick_columns
 from side_stream import distance_bias, unit_rms
@@ -31,8 +32,9 @@ class Reader:
         self.queries: dict[int, torch.Tensor] = {}
         self.needs_embeddings = owner.config.deep
         self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
-        self._seen: dict[int, tuple] = {}  # the read attention's keys and values by layer
+        self._seen: dict[int, tuple | FixedPair] = {}  # the read attention's keys and values by layer
         self._real_BT = self._bias_BHLT = None
+        self._column: torch.Tensor | None = None  # where the next token goes, once there is fixed room
 
     def expect(self, mask_BL: torch.Tensor, position_BL: torch.Tensor | None = None, visible_BLL: torch.Tensor | None = None) -> None:
         """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L].
@@ -41,6 +43,11 @@ class Reader:
         """
         if not self.owner.config.read_attention:
             return
+        if self._column is not None:
+            self._real_BT.index_copy_(1, self._column, mask_BL.bool())
+            position_BT = self._real_BT.cumsum(1)
+            self._make_bias(position_BT.index_select(1, self._column), position_BT, self._real_BT[:, None, :])
+            return
         before = 0 if self._real_BT is None else self._real_BT.shape[1]
         self._real_BT = mask_BL.bool() if before == 0 else torch.cat([self._real_BT, mask_BL.bool()], 1)
         position_BT = self._real_BT.cumsum(1) if position_BL is None else position_BL
@@ -48,8 +55,23 @@ class Reader:
             order = torch.arange(self._real_BT.shape[1], device=mask_BL.device)
             visible_BLL = self._real_BT[:, None, :] & (order[None, :] <= order[before:, None])
         own_LT = torch.eye(position_BT.shape[1], dtype=torch.bool, device=mask_BL.device)[before:]  # for pads: something to look at
+        self._make_bias(position_BT[:, before:], position_BT, visible_BLL | own_LT)
+
+    def _make_bias(self, position_BL: torch.Tensor, position_BT: torch.Tensor, visible_BLT: torch.Tensor) -> None:
         dtype = self.owner.down_proj(self.owner.config.layers[0]).weight.dtype
-        self._bias_BHLT = distance_bias(position_BT[:, before:], position_BT, visible_BLL | own_LT, self.owner.config.read_attention, dtype)
+        self._bias_BHLT = distance_bias(position_BL, position_BT, visible_BLT, self.owner.config.read_attention, dtype)
+
+    def fix(self, room: int) -> None:
+        """From here on every call brings one token a row, `room` calls at most, and what they leave is kept in place; `advance` follows each."""
+        if self._real_BT is None:
+            return
+        self._column = torch.tensor([self._real_BT.shape[1]], device=self._real_BT.device)
+        self._real_BT = torch.nn.functional.pad(self._real_BT, (0, room))
+        self._seen = {index: FixedPair(*seen, room, self._column) for index, seen in self._seen.items()}
+
+    def advance(self) -> None:
+        if self._column is not None:
+            self._column += 1
 
     def on_embeddings(self, module, inputs, output) -> None:
         self._stream_BLZ = self.owner.streams["read"].begin(self.owner.fast[str(self.owner.config.layers[0])].scaled(output))
@@ -64,7 +86,7 @@ class Reader:
 
     def _informed(self, index: int, fast: FastWeight, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
         seen = self._seen.get(index)
-        length = x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
+        length = seen.keys.shape[2] if isinstance(seen, FixedPair) else x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
         if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
             raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
         if self.owner.config.deep:

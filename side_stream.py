@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, rms_norm
 
+from fixed_cache import FixedPair
+
 HEAD = 32      # width of one head
 WIDER = 2      # the feed-forward part of a block, in widths of the stream
 
@@ -66,12 +68,14 @@ class BiasByRows:
         return [slice(start, start + self.at_once) for start in range(0, self.length, self.at_once)]
 
 
-def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor | BiasByRows, seen: tuple | None = None):
+def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor | BiasByRows, seen: tuple | FixedPair | None = None):
     """(what the heads of the new tokens gather, [B, L, Z], their keys and values so far); mapped: [B, L, 3 Z], see split_heads.
 
     seen: the keys and values of the tokens before, where a text comes in pieces.
     """
     q, k, v = split_heads(mapped_BLM, bias_BHLT.dtype)
+    if isinstance(seen, FixedPair):
+        return attention(q, *seen.put(k, v), bias_BHLT), seen
     if seen is not None:
         k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
     if isinstance(bias_BHLT, BiasByRows):

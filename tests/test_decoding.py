@@ -4,17 +4,19 @@ import types
 
 import pytest
 import torch
-from conftest import assert_same_memory, tiny, token_rows, widen
-from transformers import AutoModelForCausalLM
+from conftest import FAMILIES, assert_same_memory, tiny, token_rows, widen
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import decoding
 import prompts
-from decoding import Past, check_window, forward, greedy, pad_left, prefill, stop_ids, write_rows
+from decoding import Past, check_window, forward, greedy, pad_left, prefill, reading, stop_ids, write_rows
+from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError
 from memory import Memory
-from model_utils import MODELS
+from model_utils import MODELS, load_model
 
 PAD = 256
+DEEP = dict(codes=True, write_attention=2, read_attention=1, deep=True, blind=True, target="both", unit_targets=True, gate=True, sparse=True, rule="ridge")
 
 
 @pytest.fixture(autouse=True)
@@ -214,10 +216,59 @@ def test_beyond_the_sliding_window_repeat_serves_every_question(narrow):
         torch.testing.assert_close(logits[r], one_pass(narrow, row + tails[r]), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [None, dict(DEEP, chunk=None)])
+def test_steps_in_place_say_what_a_growing_cache_says(family, settings, attach):
+    """Every step's logits, with a memory (side streams and all) and without: fixed room against one that grows."""
+    ttt = attach(family, **(settings or {"chunk": None}))
+    texts, heads, tails = token_rows((30, 11)), token_rows((9, 4), seed=1), token_rows((3, 8), seed=2)
+    loaded = varied(family)
+    loaded.model.model = family.model.model  # the one that carries the adapter
+    written, _ = write_rows(loaded.model, ttt, texts, PAD)
+    seen = {}
+    for way in ("grow", "fixed"):
+        with reading(ttt if settings else None, written if settings else None) as session:
+            _, past = prefill(loaded.model, heads, PAD, session=session)
+            logits, past = prefill(loaded.model, tails, PAD, past, session)
+            seen[way] = [logits]
+            if way == "grow":
+                for _ in range(9):
+                    chosen = logits.argmax(-1, keepdim=True)
+                    logits, past = forward(loaded.model, chosen, torch.ones_like(chosen), past, session)
+                    seen[way].append(logits)
+            else:
+                steps = decoding.Steps(loaded.model, loaded.tokenizer, logits, past, 10, session)
+                choose = steps._choose
+                steps._choose = lambda logits: (seen[way].append(logits.clone()), choose(logits))
+                for _ in range(9):
+                    steps.run()
+    for fixed, grown in zip(seen["fixed"], seen["grow"], strict=True):
+        torch.testing.assert_close(fixed, grown, atol=1e-9, rtol=0)
+    assert len({logits.argmax(-1).tolist()[0] for logits in seen["grow"]}) > 2  # not one byte for ever
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are of a GPU")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_captured_step_says_what_it_says_uncaptured(name):
+    loaded = load_model(name, "cuda")
+    ttt = InPlaceTTT(loaded.model, TTTConfig(layers=(1, 2), chunk=None, **DEEP))
+    memory, _ = write_rows(loaded.model, ttt, token_rows((30, 11)), PAD)
+    said = []
+    for captured in (True, False):
+        with ttt.read(memory) as session:
+            logits, past = prefill(loaded.model, token_rows((9, 4), seed=1), PAD, session=session)
+            steps = decoding.Steps(loaded.model, loaded.tokenizer, logits, past, 20, session)
+            for _ in range(19):
+                steps.run() if captured else steps._step()
+        said.append(steps.tokens_BN.tolist())
+    assert said[0] == said[1] and steps.graph is None
+
+
 # ---- stops ----
 
 class Script:
     """A model that says the scripted token ids, one row of them each."""
+
+    config = types.SimpleNamespace(get_text_config=types.SimpleNamespace)
 
     def __init__(self, tokenizer, lines, ends=None):
         self.rows = [prompts.encode(tokenizer, line) for line in lines]
@@ -230,26 +281,28 @@ class Script:
         self.asked += 1
         return torch.nn.functional.one_hot(torch.tensor(wanted), 260).double()
 
-    def answers(self, tokenizer, monkeypatch, n=20):
-        monkeypatch.setattr(decoding, "forward", lambda model, ids, mask, past, session: (self.logits(), past))
-        return greedy(None, tokenizer, self.logits(), Past(None, torch.ones(len(self.rows), 1)), n)
+    def __call__(self, **_):
+        return types.SimpleNamespace(logits=self.logits()[:, None])
+
+    def answers(self, tokenizer, n=20):
+        return greedy(self, tokenizer, self.logits(), Past(DynamicCache(), torch.ones(len(self.rows), 1)), n)
 
 
-def test_an_answer_ends_with_its_line_or_its_turn(llama, monkeypatch):
+def test_an_answer_ends_with_its_line_or_its_turn(llama):
     tokenizer = llama.tokenizer
     script = Script(tokenizer, [" Bruno\nand more", " 42 apples", "\nlate"], [[], [tokenizer.eos_token_id], []])
-    assert script.answers(tokenizer, monkeypatch) == ["Bruno", "42 apples", ""]
+    assert script.answers(tokenizer) == ["Bruno", "42 apples", ""]
     assert script.asked == len(" 42 apples") + 1  # nothing is run once every row has ended
 
 
-def test_what_a_row_says_after_its_end_is_not_heard(llama, monkeypatch):
+def test_what_a_row_says_after_its_end_is_not_heard(llama):
     script = Script(llama.tokenizer, ["ab" + "c" * 20, "x"], [[], [llama.tokenizer.eos_token_id, *b"yz"]])
-    assert script.answers(llama.tokenizer, monkeypatch, 10) == ["ab" + "c" * 8, "x"]
+    assert script.answers(llama.tokenizer, 10) == ["ab" + "c" * 8, "x"]
 
 
-def test_the_length_is_bounded(llama, monkeypatch):
+def test_the_length_is_bounded(llama):
     script = Script(llama.tokenizer, ["never ends"])
-    assert script.answers(llama.tokenizer, monkeypatch, 5) == ["never"] and script.asked == 5
+    assert script.answers(llama.tokenizer, 5) == ["never"] and script.asked == 5
 
 
 def test_every_token_with_a_line_break_stops(llama):
