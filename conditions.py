@@ -107,6 +107,14 @@ class Job:
     probes: list[list[dict]]
 
     @property
+    def kind(self) -> str:
+        return self.condition.name
+
+    @property
+    def first(self) -> str:
+        return self.samples[0]["sample_id"]
+
+    @property
     def width(self) -> int:
         return max(map(len, self.probes))
 

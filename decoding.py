@@ -121,15 +121,15 @@ def whole_rows(model, rows: list[list[int]], pad_id: int, session=None) -> tuple
 class Steps:
     """Greedy answers of B rows, a token a step, in place: after what `past` holds, which it takes over, and under `session` as `forward`.
 
-    tokens [B, room]: what was said so far, pads behind a row's end. alive [B]: rows that have not ended. On a GPU the steps after
+    tokens [B, room]: what was said so far, pads behind a row's end. alive [B]: rows that have not ended (line: see greedy). On a GPU the steps after
     the first WARM ones are one captured graph: a step of a small batch is else bound by the launching of its kernels.
     """
 
-    def __init__(self, model, tokenizer, logits_BV: torch.Tensor, past: Past, room: int, session=None):
+    def __init__(self, model, tokenizer, logits_BV: torch.Tensor, past: Past, room: int, session=None, line: bool = True):
         batch, self.device = logits_BV.shape[0], logits_BV.device
         self.model, self.session, self.pad_id = model, session, tokenizer.pad_token_id
         self.window = sliding_window(model.config.get_text_config())
-        self.stops_V = stop_mask(tokenizer, logits_BV.shape[1], self.device)
+        self.stops_V = stop_mask(tokenizer, logits_BV.shape[1], self.device, line)
         self.tokens_BN = torch.full((batch, room), self.pad_id, device=self.device)
         self.alive_B = torch.ones(batch, dtype=torch.bool, device=self.device)
         self.chosen_B1 = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
@@ -197,32 +197,34 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @functools.lru_cache(maxsize=4)
-def stop_ids(tokenizer) -> frozenset[int]:
-    """Tokens that end an answer: end of text, end of turn, and everything with a line break in it."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+def stop_ids(tokenizer, line: bool = True) -> frozenset[int]:
+    """Tokens that end an answer: end of text, end of turn, and where its line ends it everything with a line break in it."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if line else []
     return frozenset([i for i, text in enumerate(texts) if "\n" in text] + list(tokenizer.all_special_ids))
 
 
 @functools.lru_cache(maxsize=4)
-def stop_mask(tokenizer, vocabulary: int, device) -> torch.Tensor:
+def stop_mask(tokenizer, vocabulary: int, device, line: bool) -> torch.Tensor:
     """Which of the model's token ids end an answer, [V]; a model may have more of them than its tokenizer."""
     mask_V = torch.zeros(vocabulary, dtype=torch.bool)
-    mask_V[[i for i in stop_ids(tokenizer) if i < vocabulary]] = True
+    mask_V[[i for i in stop_ids(tokenizer, line) if i < vocabulary]] = True
     return mask_V.to(device)
 
 
-def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None, early_stop: bool = True) -> list[str]:
+def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None, early_stop: bool = True,
+           line: bool = True) -> list[str]:
     """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped. Takes `past` over.
 
     early_stop: leave once every row has ended; without, every call costs the same, as a benchmark of time wants it.
+    line: without, an answer goes on over its line breaks, until the turn ends or max_new_tokens are said.
     """
-    steps = Steps(model, tokenizer, logits_BV, past, max_new_tokens, session)
+    steps = Steps(model, tokenizer, logits_BV, past, max_new_tokens, session, line)
     for _ in range(max_new_tokens - 1):
         if early_stop and not steps.alive_B.any():
             break
         steps.run()
     texts = tokenizer.batch_decode(steps.tokens_BN, skip_special_tokens=True)
-    return [text.split("\n")[0].strip() for text in texts]
+    return [(text.split("\n")[0] if line else text).strip() for text in texts]
 
 
 def kv_bytes_per_token(model) -> int:

@@ -27,10 +27,10 @@ RUNS_MOUNT, WEIGHTS_MOUNT = Path("/vol/runs"), Path("/vol/weights")
 CODE_MOUNT = "/root"  # in the container: where Modal puts the modules that add_local_python_source names
 BENCHMARK = "benchmark_v1.json"
 # Every module of this folder that a script imports, and the scripts. A module that is not named is not uploaded.
-MODULES = ("arms", "bank_talk", "bank_values", "benchmark_checks", "benchmark_dialogue", "benchmark_file", "benchmark_values",
-           "build_benchmark", "conditions", "decoding", "evaluate", "fast_weight", "fixed_cache", "gguf_packages", "in_place_ttt", "intervals", "manifests", "memory",
-           "model_utils", "objectives", "plots", "prompts", "report_tables", "results_files", "run_experiment", "sanity", "sessions", "side_stream",
-           "train_minimal", "training_bank", "training_data", "training_state")
+MODULES = ("arms", "bank_talk", "bank_values", "benchmark_checks", "benchmark_dialogue", "benchmark_file", "benchmark_values", "build_benchmark",
+           "conditions", "decoding", "evaluate", "fast_weight", "fixed_cache", "gguf_packages", "halving", "in_place_ttt", "intervals", "manifests",
+           "memory", "model_utils", "objectives", "plots", "prompts", "report_tables", "results_files", "run_experiment", "sanity", "sessions",
+           "side_stream", "train_minimal", "training_bank", "training_data", "training_state")
 CONDITIONS = "A_context,A_tuned,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 
 # USD a second, as listed on https://modal.com/pricing between July and October 2026. Prices move: look before a long run.

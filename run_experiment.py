@@ -14,12 +14,12 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import benchmark_file
 from conditions import CONDITIONS, Condition, Texts, answer, check_lengths, plan, text_length
 from decoding import kv_bytes_per_token
+from halving import in_halves
 from manifests import UserError, file_sha256, provenance, read_manifest, run_script, write_json
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
 from results_files import MEMORYLESS, open_folder
@@ -161,37 +161,12 @@ def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, do
                 if ttt is not None:
                     ttt.detach()
                 load_lora(arguments.tuned_adapter, loaded)
-            for job, rows in answers(loaded, ttt, mine, texts, bar):
+            for job, rows in in_halves(mine, lambda job: answer(loaded, ttt, job, texts), bar):
                 file.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
                 file.flush()
                 count += len(rows)
                 bar.update(cost(job))
     return count
-
-
-def answers(loaded, ttt, jobs, texts: Texts, bar):
-    """(job, its rows) of every job in order. One that the device has no memory for is asked in halves, and so are the larger ones of
-    its condition that follow."""
-    waiting, fits = list(reversed(jobs)), {}
-    while waiting:
-        job = waiting.pop()
-        if job.count <= fits.get(job.condition.name, job.count):
-            bar.set_postfix_str(job.condition.name)
-            try:
-                rows = answer(loaded, ttt, job, texts)
-            except torch.OutOfMemoryError:
-                rows = None  # nothing is done here: the error still holds the tensors of the frames it came through
-            if rows is not None:
-                yield job, rows
-                continue
-            if job.count == 1:
-                raise UserError(f"{job.samples[0]['sample_id']} {job.condition.name}: the device has no memory for one question; use --dtype bfloat16, "
-                                "a shorter text, or a device with more memory")
-            fits[job.condition.name] = -(-job.count // 2)
-            bar.write(f"out of memory at {job.count} questions of {job.condition.name}: from here on at most {fits[job.condition.name]} at once", file=sys.stderr)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        waiting += reversed(job.halves())
 
 
 if __name__ == "__main__":

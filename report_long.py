@@ -1,0 +1,239 @@
+"""Score the runs of run_long.py: accuracy, gain over in_context, time and memory by mode and length; a report, two figures, a table.
+
+    python report_long.py                       every results/long/*/run.json; rewrites the block "long-tasks" of RESULTS.md
+    python report_long.py results/long/a --out /elsewhere
+
+A base's in_context rows serve every run of the same weights, dtype and items that lacks them. Intervals are 95% bootstrap over items; the mean over
+tasks weighs tasks alike and resamples the items of each; a gain is taken on the items that both modes answered.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import plots
+from intervals import Bootstrap, interval
+from manifests import write_json
+from report_tables import around_block
+from results_files import ResultsError, parse_object, read_lines, read_text
+from run_long import MODES
+
+RUN_FIELDS = {"arm": (str,), "model": (str,), "modes": (list,), "tasks": (list,), "lengths": (list,), "left_out": (list,), "commit": (str,),
+              "command": (str,), "device": (str,), "identity": (dict,), "complete": (bool,)}
+ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "score": (float, int), "seconds": (float, int),
+              "peak_gb": (float, int, type(None)), "batch": (int,)}
+BLOCK = "long-tasks"
+ALL = "mean over tasks"
+
+
+# ---- what ran ----
+
+def load(folder: Path) -> dict:
+    """run.json with "rows": {mode: {item: row}}."""
+    mend = f"run run_long.py again into {folder}, or take the folder out"
+    run = parse_object(read_text(folder / "run.json", mend), folder / "run.json", RUN_FIELDS, mend)
+    if not run["complete"]:
+        raise ResultsError(f"{folder / 'run.json'}: the run was not finished; finish it with run_long.py --resume")
+    rows: dict[str, dict] = defaultdict(dict)
+    for where, row in read_lines(folder / "predictions.jsonl", ROW_FIELDS, mend):
+        if row["condition"] not in MODES:
+            raise ResultsError(f"{where}: field 'condition' is {row['condition']!r}, must be one of {', '.join(MODES)}; {mend}")
+        if row["sample_id"] in rows[row["condition"]]:
+            raise ResultsError(f"{where}: {row['condition']} answers {row['sample_id']} a second time; {mend}")
+        rows[row["condition"]][row["sample_id"]] = row
+    return run | {"name": folder.name, "rows": rows}
+
+
+def lend(runs: list[dict]) -> None:
+    """in_context rows of another run of the same base, for the items that a run asked otherwise."""
+    same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seed"))
+    for run in runs:
+        asked = {item for rows in run["rows"].values() for item in rows}
+        for other in runs:
+            if other is not run and same(run, other):
+                missing = {item: row for item, row in other["rows"].get("in_context", {}).items() if item in asked - run["rows"]["in_context"].keys()}
+                run["rows"]["in_context"] |= missing
+                if missing:
+                    run["lent_by"] = other["name"]
+
+
+# ---- scores ----
+
+def mean_of_tasks(by_task: dict[str, list[float]], settings: Bootstrap) -> tuple[float, list[float] | None]:
+    """(mean of the tasks' means, its interval, items resampled within their task)."""
+    value = float(np.mean([np.mean(scores) for scores in by_task.values()]))
+    if len(by_task) == 1:
+        return value, interval(lambda scores, axis=-1: scores.mean(axis), [np.array(next(iter(by_task.values())))], settings)
+    random = np.random.default_rng(settings.seed)
+    drawn = [random.choice(scores, (settings.resamples, len(scores))).mean(1) for scores in by_task.values()]
+    low, high = np.percentile(np.mean(drawn, 0), [2.5, 97.5])
+    return value, [float(low), float(high)]
+
+
+def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
+    """One cell a task (and over all tasks), length and mode, with its gain over in_context."""
+    cells = []
+    for length in sorted({row["length"] for rows in run["rows"].values() for row in rows.values()}):
+        for mode in (mode for mode in MODES if run["rows"].get(mode)):
+            mine = {item: row for item, row in run["rows"][mode].items() if row["length"] == length}
+            base = {item: row for item, row in run["rows"]["in_context"].items() if item in mine}
+            tasks = sorted({row["task"] for row in mine.values()})
+            for task in [*tasks, *([ALL] if len(tasks) > 1 else [])]:
+                chosen = [item for item, row in mine.items() if task in (ALL, row["task"])]
+                value, ends = mean_of_tasks(by_task(chosen, mine, lambda item: mine[item]["score"]), settings)
+                cell = {"task": task, "length": length, "mode": mode, "n": len(chosen), "score": value, "ci": ends,
+                        "seconds": float(np.median([mine[item]["seconds"] for item in chosen])),
+                        "peak_gb": max((mine[item]["peak_gb"] for item in chosen if mine[item]["peak_gb"] is not None), default=None)}
+                shared = [item for item in chosen if item in base]
+                if mode != "in_context" and shared:
+                    gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: mine[item]["score"] - base[item]["score"]), settings)
+                    cell |= {"gain": gain, "gain_ci": gain_ci, "shared": len(shared)}
+                cells.append(cell)
+    return cells
+
+
+def by_task(items: list[str], rows: dict, number) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        groups[rows[item]["task"]].append(number(item))
+    return groups
+
+
+# ---- figures ----
+
+def draw_accuracy(arms: list[dict], path: Path) -> None:
+    """Score against length, a panel a task, a line an arm and mode; in_context once a model."""
+    tasks = list(dict.fromkeys(cell["task"] for arm in arms for cell in arm["cells"]))
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.2))
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for spare in axes[len(tasks):]:
+            spare.set_visible(False)
+        figure.suptitle("Score by tokens of prompt and answer (bars: 95% bootstrap over items)")
+        lines = lines_of(arms)
+        for ax, task in zip(axes, tasks):
+            for number, (label, cells) in enumerate(lines.items()):
+                mine = [cell for cell in cells if cell["task"] == task]
+                if mine:
+                    ends = np.array([cell["ci"] or [cell["score"]] * 2 for cell in mine]).T
+                    score = np.array([cell["score"] for cell in mine])
+                    ax.errorbar([cell["length"] * 1.03 ** (number - len(lines) / 2) for cell in mine], score, yerr=np.abs(ends - score),
+                                label=label, color=plots.COLORS[number % 7], marker=plots.MARKERS[number % 7], markersize=4, linewidth=1, capsize=2)
+            ax.set_title(task)
+            dress(ax, arms)
+            ax.set_ylim(-0.05, 1.05)
+        handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        figure.savefig(path, dpi=plots.DPI)
+
+
+def draw_cost(arms: list[dict], path: Path) -> None:
+    """Seconds an item and peak memory against length, over all tasks."""
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(8.5, 3.8))
+        for ax, name, text in zip(figure.subplots(1, 2), ("seconds", "peak_gb"), ("seconds an item (median)", "peak GB of a batch, above the weights")):
+            for number, (label, cells) in enumerate(lines_of(arms).items()):
+                mine = [cell for cell in cells if cell["task"] == (ALL if any(c["task"] == ALL for c in cells) else cells[0]["task"]) and cell[name] is not None]
+                if mine:
+                    ax.plot([cell["length"] for cell in mine], [cell[name] for cell in mine], label=label, color=plots.COLORS[number % 7], marker=plots.MARKERS[number % 7])
+            ax.set_title(text if ax.lines else f"{text}: not measured on a CPU")
+            if ax.lines:
+                ax.set_yscale("log")
+            dress(ax, arms)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.savefig(path, dpi=plots.DPI)
+
+
+def dress(ax, arms: list[dict]) -> None:
+    lengths = sorted({cell["length"] for arm in arms for cell in arm["cells"]})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
+    ax.minorticks_off()
+    ax.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
+
+
+def lines_of(arms: list[dict]) -> dict[str, list[dict]]:
+    """The lines of a figure: {label: cells in order of length}; a base's in_context is one line, however many arms share it."""
+    lines = {}
+    for arm in arms:
+        for mode in MODES:
+            cells = [cell for cell in arm["cells"] if cell["mode"] == mode]
+            if cells:
+                lines.setdefault(f"{arm['model']}, in_context" if mode == "in_context" else f"{arm['arm']}, {mode}", cells)
+    return lines
+
+
+# ---- tables ----
+
+def number(value: float, ends) -> str:
+    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def tables(report: dict) -> str:
+    """The block's content: a table a run (scores by mode and length, gains over in_context), then the runs."""
+    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items."]
+    for arm in report["arms"]:
+        modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
+        gains = [mode for mode in modes if mode != "in_context"]
+        lines += ["", f"**{arm['arm']} on {arm['model']}** (objective {arm['objective']}, chunk {arm['chunk'] or 'the whole text'})", "",
+                  "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains)]) + " |",
+                  "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains))]
+        for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"], c["length"]))):
+            found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
+            lines.append(f"| {task} | {length:,} | {max(cell['n'] for cell in found.values())} | " + " | ".join(
+                [number(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
+                + [number(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]) + " |")
+        lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
+    lines += ["", "Runs:", ""]
+    lines += [f"- {arm['name']}: commit {arm['commit']}, {arm['device']}, `{arm['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "") for arm in report["arms"]]
+    return "\n".join(lines) + "\n"
+
+
+# ---- the script ----
+
+def build(folders: list[Path], settings: Bootstrap) -> dict:
+    runs = [load(folder) for folder in folders]
+    lend(runs)
+    keep = ("name", "arm", "model", "objective", "seed", "chunk", "commit", "command", "device", "left_out", "window")
+    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed},
+            "arms": [{name: run.get(name) for name in keep} | {"lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: results/long/*)")
+    parser.add_argument("--out", type=Path, help="folder of report.json and figures/ (default: results/long; with --out RESULTS.md is left alone)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    out, results_md = args.out or Path("results/long"), None if args.out or args.runs else Path("RESULTS.md")
+    try:
+        folders = args.runs or sorted(path.parent for path in Path("results/long").glob("*/run.json"))
+        if not folders:
+            raise ResultsError("results/long/: holds no run; make one with python run_long.py, or name run folders")
+        around = around_block(results_md, BLOCK) if results_md else None
+        report = build(folders, Bootstrap(seed=args.seed))
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        draw_accuracy(report["arms"], out / "figures/accuracy.png")
+        draw_cost(report["arms"], out / "figures/cost.png")
+        write_json(out / "report.json", report)
+        if around:
+            results_md.write_text(around[0] + tables(report) + around[1], encoding="utf-8")
+        print(tables(report))
+        print(f"Report: {out / 'report.json'}; figures: {out / 'figures'}" + (f"; table: {results_md}" if results_md else ""))
+    except ResultsError as error:
+        print(f"report_long.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Ask long-text tasks in three modes and keep each answer as one row.
+
+    python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
+
+Modes:
+    in_context   the untouched base, document and question in the prompt
+    ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
+                 chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
+                 reads the question with that memory: it has nothing to read back before its text ends
+    ttt_strict   the document written and dropped, then the question alone
+
+Document and question are the same tokens in every mode (long_items.py). Rows go to OUT/predictions.jsonl as they come, OUT/run.json holds what is
+needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and said so. Next: report_long.py.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import long_tasks
+from decoding import check_window, greedy, prefill, reading, write_rows
+from halving import in_halves
+from in_place_ttt import InPlaceTTT
+from long_items import Item
+from manifests import UserError, provenance, run_script, write_json
+from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
+from prompts import encode, start_ids
+from results_files import open_folder
+
+MODES = ("in_context", "ttt_paper", "ttt_strict")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Items of one task and length, asked together in one mode."""
+
+    mode: str
+    items: list[Item]
+
+    @property
+    def kind(self) -> str:
+        return f"{self.mode} {self.items[0].task} {self.items[0].length}"
+
+    @property
+    def first(self) -> str:
+        return name_of(self.items[0])
+
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
+    def halves(self) -> list["Job"]:
+        middle = len(self.items) // 2
+        return [replace(self, items=part) for part in (self.items[:middle], self.items[middle:])]
+
+
+def name_of(item: Item) -> str:
+    return f"{item.task}-{item.length}-s{item.seed}-{item.index}"
+
+
+def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
+    """What is not done yet, in batches of about batch_tokens tokens of one mode, task and length."""
+    jobs = []
+    for mode in modes:
+        groups: dict[tuple, list[Item]] = {}
+        for item in items:
+            if (mode, name_of(item), name_of(item)) not in done:
+                groups.setdefault((item.task, item.length), []).append(item)
+        for (_, length), group in groups.items():
+            size = max(1, batch_tokens // length)
+            jobs += [Job(mode, group[i:i + size]) for i in range(0, len(group), size)]
+    return jobs
+
+
+@torch.inference_mode()
+def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
+    """Run one job; one row an item. seconds: of the job, shared evenly; peak_gb: of the job, above what lay on the device before."""
+    model, tokenizer, cuda = loaded.model, loaded.tokenizer, loaded.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    begun = time.perf_counter()
+    start, pad = start_ids(tokenizer), tokenizer.pad_token_id
+    documents = [start + encode(tokenizer, item.document) for item in job.items]
+    questions = [encode(tokenizer, item.question) for item in job.items]
+    memory = past = logits = None
+    if job.mode == "in_context":
+        logits, past = prefill(model, [d + q for d, q in zip(documents, questions)], pad)
+    elif job.mode == "ttt_strict":
+        memory, _ = write_rows(model, ttt, documents, pad)
+        questions = [start + q for q in questions]
+    elif ttt.config.chunk is None or ttt.config.read_attention:
+        memory, past = write_rows(model, ttt, documents, pad)
+    else:
+        with ttt.write() as writer:
+            logits, past = prefill(model, [d + q for d, q in zip(documents, questions)], pad, session=writer)
+        memory = writer.memory()
+    with reading(ttt, memory) as session:
+        if logits is None:
+            logits, past = prefill(model, questions, pad, past, session)
+        said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - begun) / len(job.items)
+    peak = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3) if cuda else None
+    return [{"condition": job.mode, "sample_id": name_of(item), "probe_id": name_of(item), "task": item.task, "length": item.length,
+             "prompt_tokens": item.tokens, "answers": list(item.answers), "metric": item.metric, "prediction": text,
+             "score": round(long_tasks.score(item, text), 6), "seconds": round(seconds, 4), "batch": len(job.items), "peak_gb": peak}
+            for item, text in zip(job.items, said)]
+
+
+def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
+    """(the items to ask, what was left out and why)."""
+    profile, sources = long_tasks.PROFILES[arguments.profile], long_tasks.parse_sources(arguments.source)
+    lengths = [int(part) if part.isdecimal() else 0 for part in arguments.lengths.split(",")] if arguments.lengths else profile.lengths
+    if min(lengths) < 1:
+        raise UserError(f"--lengths {arguments.lengths}: give numbers of tokens such as 1024,2048")
+    wanted = arguments.tasks.split(",") if arguments.tasks else [name for name, task in long_tasks.TASKS.items() if task.needs is None or name in sources]
+    items, left_out = [], []
+    for length in lengths:
+        try:
+            check_window(loaded.model, length, f"length {length}")
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        for name in wanted:
+            task = long_tasks.find_task(name)
+            if not arguments.tasks and length < task.shortest:
+                left_out.append(f"{name} at {length} tokens: it begins at {task.shortest}")
+                continue
+            items += long_tasks.make(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))
+    if not items:
+        raise UserError(f"nothing to ask: {'; '.join(left_out)}")
+    return items, left_out
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is asked of whom")
+    what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
+    what.add_argument("--adapter", help="checkpoint folder of a frozen arm, for the modes that write")
+    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: all, without --adapter in_context)")
+    what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
+    what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
+    what.add_argument("--lengths", help="tokens of prompt and answer, comma-separated (default: the profile's)")
+    what.add_argument("--count", type=int, help="items of each task and length (default: the profile's)")
+    what.add_argument("--seed", type=int, default=0, help="of the items (default: %(default)s)")
+    what.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs; may be repeated")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--out", help="results folder (default: results/long/<arm>)")
+    how.add_argument("--resume", action="store_true", help="go on with the rows that OUT already holds")
+    how.add_argument("--batch-tokens", type=int, default=16384, help="tokens of documents in a batch (default: %(default)s)")
+    how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    arguments = parser.parse_args()
+    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(MODES))).split(",")
+    for mode in arguments.modes:
+        if mode not in MODES:
+            raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
+        if mode != "in_context" and arguments.adapter is None:
+            raise UserError(f"--modes {mode}: needs --adapter")
+    for name in ("count", "batch_tokens"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    started, row = time.time(), find_row(arguments.model)
+    device, dtype, reason = pick_device(arguments.device, arguments.dtype, row)
+    print(f"{row.name} on {reason}")
+    loaded = load_model(arguments.model, device, dtype)
+    ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
+    if not manifest.get("frozen", True):
+        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; give a frozen arm")
+    items, left_out = choose_items(arguments, loaded)
+    for line in left_out:
+        print(f"left out: {line}")
+    arm = manifest.get("arm", f"{row.name}-base")
+    out = Path(arguments.out or f"results/long/{arm}")
+    mine = {"model_sha256": loaded.sha256, "adapter_sha256": next(iter(manifest["files"].values())) if manifest else None,
+            "dtype": str(dtype).removeprefix("torch."), "item_seed": arguments.seed}
+    done, earlier = open_folder(out, arguments.resume, mine)
+    together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
+    report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"), "adapter": arguments.adapter,
+              "chunk": manifest["ttt"]["chunk"] if manifest else None, "modes": together("modes", arguments.modes),
+              "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
+              "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
+              "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
+              "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
+    write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})
+    try:
+        rows = len(done) + ask(loaded, ttt, plan(items, arguments.modes, done, arguments.batch_tokens), out)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if arguments.resume else ' --resume'}", file=sys.stderr)
+        sys.exit(130)
+    write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "complete": True, "rows": rows})
+    print(f"{rows} rows in {out}; next: python report_long.py {out}")
+
+
+def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], out: Path) -> int:
+    """All jobs; returns the number of rows written."""
+    count = 0
+    with (out / "predictions.jsonl").open("a", encoding="utf-8") as file, \
+            tqdm(total=sum(item.length for job in jobs for item in job.items), unit="tok", unit_scale=True, desc="asking") as bar:
+        for job, rows in in_halves(jobs, lambda job: answer(loaded, ttt, job), bar):
+            file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+            file.flush()
+            count += len(rows)
+            bar.update(sum(item.length for item in job.items))
+    return count
+
+
+if __name__ == "__main__":
+    run_script(main)

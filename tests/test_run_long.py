@@ -1,0 +1,188 @@
+"""Long-text tasks in three modes on tiny models, and the report: what a mode may see, what a gain is, and that nothing is mixed up."""
+import json
+
+import pytest
+import torch
+from conftest import strengthen
+from test_run_experiment import save_fast_weights, save_tiny
+
+import report_long
+import run_long
+from decoding import greedy, prefill
+from long_tasks import make
+from model_utils import load_adapter, load_model
+from prompts import encode
+
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", "tiny-qwen2")
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    """A chunked arm with random fast weights, small enough that sixteen chunks do not blow up."""
+    def gentle(ttt):
+        for p in strengthen(ttt).parameters():
+            p.data *= 0.3
+        return ttt
+
+    return save_fast_weights(tmp_path_factory.mktemp("arms") / "gentle", model, chunk=64, change=gentle)
+
+
+@pytest.fixture
+def long_run(run_main, model, tmp_path):
+    def call(*more, out="r"):
+        code, text, err = run_main(run_long.main, ["run_long.py", "--model", model, "--tasks", "mqar", "--lengths", LENGTH, "--count", 2,
+                                                   "--device", "cpu", "--out", tmp_path / out, *more])
+        rows = tmp_path / out / "predictions.jsonl"
+        return code, text, err, [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
+
+    return call
+
+
+def said(rows, mode):
+    return {row["sample_id"]: row["prediction"] for row in rows if row["condition"] == mode}
+
+
+# ---- the modes ----
+
+def test_every_item_is_asked_once_in_every_mode(long_run, adapter):
+    code, text, err, rows = long_run("--adapter", adapter)
+    assert code == 0 and len(rows) == 2 * 3 and "report_long.py" in text, err
+    assert all(0 <= row["score"] <= 1 and row["prompt_tokens"] <= LENGTH and row["seconds"] > 0 for row in rows)
+    assert said(rows, "in_context") != said(rows, "ttt_paper") != said(rows, "ttt_strict")
+    assert said(long_run(out="base")[3], "in_context") == said(rows, "in_context")  # the untouched base's, adapter or not
+
+
+def test_untrained_fast_weights_change_nothing_and_strict_asks_the_question_alone(long_run, model, tmp_path):
+    plain = save_fast_weights(tmp_path / "plain", model, chunk=64, change=lambda ttt: [p.data.zero_() for p in ttt.parameters()] and ttt)
+    rows = long_run("--adapter", plain)[3]
+    assert said(rows, "ttt_paper") == said(rows, "in_context")
+    loaded = load_model(model)
+    for item in make("mqar", loaded.tokenizer, LENGTH, 2, 0):
+        with torch.inference_mode():
+            logits, past = prefill(loaded.model, [encode(loaded.tokenizer, item.question)], loaded.tokenizer.pad_token_id)
+            alone = greedy(loaded.model, loaded.tokenizer, logits, past, item.new_tokens, line=False)
+        assert said(rows, "ttt_strict")[run_long.name_of(item)] == alone[0]
+
+
+def test_paper_mode_writes_the_prompt_while_it_is_read_and_is_frozen_while_it_answers(long_run, model, adapter):
+    rows = long_run("--adapter", adapter, "--modes", "ttt_paper")[3]
+    loaded = load_model(model)
+    ttt, _ = load_adapter(adapter, loaded)
+    item, pad = make("mqar", loaded.tokenizer, LENGTH, 1, 0)[0], loaded.tokenizer.pad_token_id
+    prompt = encode(loaded.tokenizer, item.document) + encode(loaded.tokenizer, item.question)
+    half = LENGTH // 2
+    with torch.inference_mode():
+        with ttt.write(form="sequential") as writer:  # the oracle: a running dense W, chunk after chunk
+            _, past = prefill(loaded.model, [prompt[:half]], pad, session=writer)
+        with ttt.write(writer.memory()) as writer:
+            logits, past = prefill(loaded.model, [prompt[half:]], pad, past, writer)
+        memory = writer.memory()
+        with ttt.read(memory) as session:
+            answer = greedy(loaded.model, loaded.tokenizer, logits, past, item.new_tokens, session, line=False)
+    assert said(rows, "ttt_paper")[run_long.name_of(item)] == answer[0]
+
+
+def test_an_answer_does_not_depend_on_its_batch(long_run, adapter):
+    together = long_run("--adapter", adapter)[3]
+    alone = long_run("--adapter", adapter, "--batch-tokens", 1, out="alone")[3]
+    assert {row["batch"] for row in together} == {2} and {row["batch"] for row in alone} == {1}
+    for mode in run_long.MODES:
+        assert said(together, mode) == said(alone, mode)
+
+
+def test_an_answer_may_have_several_lines(long_run, monkeypatch):
+    heard = []
+    monkeypatch.setattr(run_long, "greedy", lambda *a, **k: heard.append(k) or ["1. one\n2. two"] * a[2].shape[0])
+    assert long_run()[0] == 0 and all(k == {"line": False} for k in heard)
+
+
+def test_an_interrupted_run_goes_on(long_run, adapter, tmp_path):
+    whole = long_run("--adapter", adapter)[3]
+    path = tmp_path / "r/predictions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole[:3]) + '{"condition": "ttt_str', encoding="utf-8")
+    code, _, err, rows = long_run("--adapter", adapter, "--resume")
+    assert code == 0 and {(r["condition"], r["sample_id"]): r["prediction"] for r in rows} == {(r["condition"], r["sample_id"]): r["prediction"] for r in whole}, err
+    code, _, err, _ = long_run("--adapter", adapter, "--resume", "--seed", 1)
+    assert code == 2 and "another item_seed" in err
+
+
+def test_a_length_beyond_the_window_is_left_out_and_said(long_run, tmp_path):
+    code, text, _, rows = long_run("--lengths", "1024,65536")
+    assert code == 0 and "left out: length 65536" in text and {row["length"] for row in rows} == {1024}
+    assert json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["left_out"]
+    code, _, err, _ = long_run("--lengths", "65536", out="none")
+    assert code == 2 and "nothing to ask" in err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"),
+                                         (["--lengths", "many"], "--lengths many"), (["--tasks", "haystack"], "haystack")])
+def test_bad_arguments(long_run, tmp_path, more, named):
+    code, _, err, _ = long_run(*more)
+    assert code == 2 and named in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
+
+
+# ---- the report ----
+
+def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s"):
+    """mode_scores: {mode: {(task, length): scores}}."""
+    folder.mkdir(parents=True)
+    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": None, "batch": 1}
+            for mode, cells in mode_scores.items() for (task, length), scores in cells.items() for i, score in enumerate(scores)]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps({
+        "arm": arm, "model": "tiny", "modes": sorted(mode_scores), "tasks": [], "lengths": [], "left_out": [], "commit": "c", "command": "python run_long.py", "device": "cpu",
+        "identity": {"model_sha256": sha, "dtype": "float32", "item_seed": 0}, "complete": complete, "objective": "recall", "chunk": 64}), encoding="utf-8")
+    return folder
+
+
+def cell(report, task, mode, arm=0):
+    return next(c for c in report["arms"][arm]["cells"] if (c["task"], c["mode"]) == (task, mode))
+
+
+def test_gains_are_paired_and_tasks_weigh_alike(tmp_path):
+    base = {("a", 1024): [1.0, 0.0, 0.0, 1.0], ("b", 1024): [0.0] * 12}
+    strict = {("a", 1024): [1.0, 1.0, 0.0, 1.0], ("b", 1024): [0.5] * 12}
+    run = fake_run(tmp_path / "r", {"in_context": base, "ttt_strict": strict})
+    assert report_long.main([str(run), "--out", str(tmp_path / "o")]) == 0
+    report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
+    assert cell(report, "a", "ttt_strict")["gain"] == 0.25 and cell(report, "a", "ttt_strict")["score"] == 0.75
+    every = cell(report, report_long.ALL, "ttt_strict")
+    assert every["score"] == pytest.approx((0.75 + 0.5) / 2) and every["gain"] == pytest.approx((0.25 + 0.5) / 2) and every["n"] == 16
+    assert every["gain_ci"][0] <= every["gain"] <= every["gain_ci"][1]
+    assert "gain" not in cell(report, "a", "in_context")
+    assert (tmp_path / "o/figures/accuracy.png").stat().st_size > 10000 and (tmp_path / "o/figures/cost.png").exists()
+
+
+def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
+    base = fake_run(tmp_path / "base", {"in_context": {("a", 1024): [1.0, 0.0, 1.0]}}, arm="base")
+    mine = fake_run(tmp_path / "mine", {"ttt_strict": {("a", 1024): [1.0, 1.0]}})
+    other = fake_run(tmp_path / "other", {"ttt_strict": {("a", 1024): [1.0, 1.0]}}, sha="another")
+    assert report_long.main([str(base), str(mine), str(other), "--out", str(tmp_path / "o")]) == 0
+    report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
+    assert cell(report, "a", "ttt_strict", 1)["gain"] == 0.5 and cell(report, "a", "ttt_strict", 1)["shared"] == 2 and report["arms"][1]["lent_by"] == "base"
+    assert "gain" not in cell(report, "a", "ttt_strict", 2) and report["arms"][2]["lent_by"] is None
+
+
+def test_results_md_gets_its_block_and_keeps_the_rest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake_run(tmp_path / "results/long/r", {"in_context": {("a", 1024): [1.0, 0.0]}})
+    (tmp_path / "RESULTS.md").write_text("before\n<!-- long-tasks:begin -->\nold\n<!-- long-tasks:end -->\nafter\n", encoding="utf-8")
+    assert report_long.main([]) == 0
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| a | 1,024 | 2 | 0.500" in text
+
+
+def test_what_cannot_be_scored_is_named(tmp_path, capsys):
+    unfinished = fake_run(tmp_path / "u", {"in_context": {("a", 1024): [1.0]}}, complete=False)
+    twice = fake_run(tmp_path / "t", {"in_context": {("a", 1024): [1.0]}})
+    rows = (twice / "predictions.jsonl").read_text(encoding="utf-8")
+    (twice / "predictions.jsonl").write_text(rows * 2, encoding="utf-8")
+    for folder, named in ((unfinished, "not finished"), (twice, "line 2"), (tmp_path / "nothing", "No such file")):
+        assert report_long.main([str(folder), "--out", str(tmp_path / "o")]) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
