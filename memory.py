@@ -95,6 +95,11 @@ class LayerMemory:
         return replace(self, **{name: function(t) for name, t in self.tensors().items()})
 
     @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.update.shape[1] if self.is_dense else self.values.shape[2]
+
+    @property
     def feed_forward(self) -> int:
         """F."""
         if self.is_dense:
