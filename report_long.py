@@ -53,7 +53,7 @@ def load(folder: Path) -> dict:
 
 def lend(runs: list[dict]) -> None:
     """in_context rows of another run of the same base, for the items that a run asked otherwise."""
-    same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seed"))
+    same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seeds"))
     for run in runs:
         asked = {item for rows in run["rows"].values() for item in rows}
         for other in runs:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import long_tasks
-from decoding import check_window, greedy, prefill, reading, write_rows
+from decoding import greedy, prefill, reading, write_rows
 from halving import in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
@@ -120,24 +120,22 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
 
 def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
     """(the items to ask, what was left out and why)."""
-    profile, sources = long_tasks.PROFILES[arguments.profile], long_tasks.parse_sources(arguments.source)
-    lengths = [int(part) if part.isdecimal() else 0 for part in arguments.lengths.split(",")] if arguments.lengths else profile.lengths
-    if min(lengths) < 1:
-        raise UserError(f"--lengths {arguments.lengths}: give numbers of tokens such as 1024,2048")
-    wanted = arguments.tasks.split(",") if arguments.tasks else [name for name, task in long_tasks.TASKS.items() if task.needs is None or name in sources]
-    items, left_out = [], []
-    for length in lengths:
-        try:
-            check_window(loaded.model, length, f"length {length}")
-        except UserError as error:
-            left_out.append(str(error))
-            continue
-        for name in wanted:
-            task = long_tasks.find_task(name)
-            if not arguments.tasks and length < task.shortest:
-                left_out.append(f"{name} at {length} tokens: it begins at {task.shortest}")
-                continue
-            items += long_tasks.make(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))
+    window = loaded.model.config.get_text_config().max_position_embeddings
+    if arguments.items:
+        items, left_out = long_tasks.read_items(arguments.items, loaded.tokenizer), []
+        lengths = sorted({item.length for item in items})
+    else:
+        profile, sources = long_tasks.PROFILES[arguments.profile], long_tasks.parse_sources(arguments.source)
+        lengths = [int(part) if part.isdecimal() else 0 for part in arguments.lengths.split(",")] if arguments.lengths else profile.lengths
+        if min(lengths) < 1:
+            raise UserError(f"--lengths {arguments.lengths}: give numbers of tokens such as 1024,2048")
+        wanted = arguments.tasks.split(",") if arguments.tasks else [name for name, task in long_tasks.TASKS.items() if task.needs is None or name in sources]
+        late = [(name, length) for name in wanted for length in lengths if not arguments.tasks and length < long_tasks.find_task(name).shortest]
+        left_out = [f"{name} at {length} tokens: it begins at {long_tasks.find_task(name).shortest}" for name, length in late]
+        items = [item for length in lengths if length <= window for name in wanted if (name, length) not in late
+                 for item in long_tasks.make(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))]
+    left_out += [f"length {length}: the model's window is {window} tokens" for length in lengths if length > window]
+    items = [item for item in items if item.length <= window]
     if not items:
         raise UserError(f"nothing to ask: {'; '.join(left_out)}")
     return items, left_out
@@ -154,6 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--lengths", help="tokens of prompt and answer, comma-separated (default: the profile's)")
     what.add_argument("--count", type=int, help="items of each task and length (default: the profile's)")
     what.add_argument("--seed", type=int, default=0, help="of the items (default: %(default)s)")
+    what.add_argument("--items", help="file of items that `python long_tasks.py --profile NAME --out FILE` wrote, in place of all of the above")
     what.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs; may be repeated")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--out", help="results folder (default: results/long/<arm>)")
@@ -168,6 +167,8 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
         if mode != "in_context" and arguments.adapter is None:
             raise UserError(f"--modes {mode}: needs --adapter")
+    if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
+        raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
     for name in ("count", "batch_tokens"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
@@ -189,7 +190,7 @@ def main() -> None:
     arm = manifest.get("arm", f"{row.name}-base")
     out = Path(arguments.out or f"results/long/{arm}")
     mine = {"model_sha256": loaded.sha256, "adapter_sha256": next(iter(manifest["files"].values())) if manifest else None,
-            "dtype": str(dtype).removeprefix("torch."), "item_seed": arguments.seed}
+            "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
     done, earlier = open_folder(out, arguments.resume, mine)
     together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
     report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"), "adapter": arguments.adapter,

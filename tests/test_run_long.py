@@ -9,7 +9,7 @@ from test_run_experiment import save_fast_weights, save_tiny
 import report_long
 import run_long
 from decoding import greedy, prefill
-from long_tasks import make
+from long_tasks import make, write_items
 from model_utils import load_adapter, load_model
 from prompts import encode
 
@@ -119,8 +119,22 @@ def test_a_length_beyond_the_window_is_left_out_and_said(long_run, tmp_path):
     assert code == 2 and "nothing to ask" in err and not (tmp_path / "none").exists()
 
 
+def test_items_from_a_file_are_the_items_made_here(long_run, run_main, model, tmp_path):
+    loaded, path = load_model(model), tmp_path / "items.jsonl"
+    write_items(make("mqar", loaded.tokenizer, LENGTH, 2, 0), path)
+    call = lambda out: run_main(run_long.main, ["run_long.py", "--model", model, "--items", path, "--device", "cpu", "--out", tmp_path / out])
+    assert call("filed")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "filed/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert said(rows, "in_context") == said(long_run()[3], "in_context")
+    path.write_text(path.read_text(encoding="utf-8").replace('"tokens": ', '"tokens": 1'), encoding="utf-8")
+    code, _, err = call("other")
+    assert code == 2 and "line 1" in err and "tokenizer" in err and not (tmp_path / "other").exists()
+    path.write_text('{"task": "mqar"}\n', encoding="utf-8")
+    assert "no item" in call("broken")[2]
+
+
 @pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"),
-                                         (["--lengths", "many"], "--lengths many"), (["--tasks", "haystack"], "haystack")])
+                                         (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "haystack")])
 def test_bad_arguments(long_run, tmp_path, more, named):
     code, _, err, _ = long_run(*more)
     assert code == 2 and named in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
@@ -136,7 +150,7 @@ def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s"):
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
         "arm": arm, "model": "tiny", "modes": sorted(mode_scores), "tasks": [], "lengths": [], "left_out": [], "commit": "c", "command": "python run_long.py", "device": "cpu",
-        "identity": {"model_sha256": sha, "dtype": "float32", "item_seed": 0}, "complete": complete, "objective": "recall", "chunk": 64}), encoding="utf-8")
+        "identity": {"model_sha256": sha, "dtype": "float32", "item_seeds": [0]}, "complete": complete, "objective": "recall", "chunk": 64}), encoding="utf-8")
     return folder
 
 

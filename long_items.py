@@ -1,0 +1,90 @@
+"""One item of a long-text task: a document that can be written and dropped, and a question that can be asked alone.
+
+A task offers candidates; each builds its text at any size (units of haystack, examples, passages, turns), and `fit` finds the
+largest that a budget of tokens holds.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+from prompts import encode, written_ids
+
+
+@dataclass(frozen=True)
+class Item:
+    """document + question is the whole prompt, and the answer follows it. tokens counts the prompt as the project tokenises it: the
+    document with the tokenizer's start token, then the question by itself (prompts.py)."""
+
+    task: str
+    length: int               # tokens asked for, the answer's included
+    document: str             # with the instruction that the published prompt begins with
+    question: str             # what follows the document: query and answer prefix
+    answers: tuple[str, ...]  # references; the metric says how they count
+    metric: str               # a name in long_scores.METRICS
+    new_tokens: int           # the published limit of generation
+    tokens: int
+    seed: int
+    index: int
+
+    @property
+    def prompt(self) -> str:
+        return self.document + self.question
+
+
+class Parts(NamedTuple):
+    document: str
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text that can be had at several sizes: build(units) for least <= units <= most (None: no bound)."""
+
+    build: Callable[[int], Parts]
+    least: int
+    most: int | None
+    metric: str
+
+
+def count_tokens(tokenizer, parts: Parts) -> int:
+    return len(written_ids(tokenizer, parts.document)) + len(encode(tokenizer, parts.question))
+
+
+class Fitted(NamedTuple):
+    parts: Parts
+    tokens: int
+    units: int
+
+
+def fit(candidate: Candidate, tokenizer, room: int) -> Fitted | None:
+    """The candidate at the largest size whose prompt has at most `room` tokens; None where not even the least has.
+
+    Doubles, then bisects. Texts of different sizes are drawn anew, so "largest" holds up to the spread of their lengths; the
+    returned one is always counted.
+    """
+    def attempt(units):
+        parts = candidate.build(units)
+        tokens = count_tokens(tokenizer, parts)
+        return Fitted(parts, tokens, units) if tokens <= room else None
+
+    best = attempt(candidate.least)
+    if best is None:
+        return None
+    too_large, step = None, 1
+    while too_large is None and best.units != candidate.most:
+        units = best.units + step if candidate.most is None else min(best.units + step, candidate.most)
+        found = attempt(units)
+        if found is None:
+            too_large = units
+        else:
+            best, step = found, 2 * step
+    while too_large is not None and too_large - best.units > 1:
+        units = (best.units + too_large) // 2
+        found = attempt(units)
+        if found is None:
+            too_large = units
+        else:
+            best = found
+    return best
