@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import benchmark_file
 from conditions import CONDITIONS, Texts, answer, plan, text_length
-from decoding import SEGMENT, greedy, kv_bytes_per_token, prefill, reading, write_rows
+from decoding import SEGMENT, answers_to, heard, kv_bytes_per_token, prefill, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
@@ -169,13 +169,9 @@ def machine(bench: Bench) -> None:
 @torch.inference_mode()
 def ask(bench: Bench, prompts, ttt=None, memory=None, head=()) -> None:
     """Answers of NEW tokens to every prompt. head: what all begin with, read once for each memory (or conversation) and shared."""
-    past, rows = None, bench.sizes.conversations if memory is None else memory.batch
-    if head:
-        with reading(ttt, memory) as session:
-            past = prefill(bench.model, [head] * rows, bench.pad, session=session)[1].repeat(len(prompts) // rows)
-    with reading(ttt, memory) as session:
-        logits, past = prefill(bench.model, prompts, bench.pad, past, session)
-        greedy(bench.model, bench.loaded.tokenizer, logits, past, NEW, session, early_stop=False)
+    rows = bench.sizes.conversations if memory is None else memory.batch
+    past = heard(bench.model, [head] * rows, bench.pad, ttt, memory) if head else None
+    answers_to(bench.model, bench.loaded.tokenizer, prompts, NEW, past, ttt, memory, early_stop=False)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import prompts
-from decoding import check_window, greedy, prefill, reading, write_rows
+from decoding import answers_to, check_window, heard, prefill, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError
 from memory import Memory
@@ -190,8 +190,7 @@ def read_prompt(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, 
         _, past = prefill(model, [head] * len(shown), tokenizer.pad_token_id)
         memory, past = write_rows(model, ttt, shown, tokenizer.pad_token_id, past=past)
     else:
-        with reading(ttt, memory) as session:
-            _, past = prefill(model, [head + ids for ids in shown], tokenizer.pad_token_id, session=session)
+        past = heard(model, [head + ids for ids in shown], tokenizer.pad_token_id, ttt, memory)
     return past, memory, [len(head) + len(ids) for ids in shown]
 
 
@@ -205,9 +204,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, new_t
     # every sample asks `width` questions; one with fewer repeats its last, and the repeats are dropped
     asked = [probes + [probes[-1]] * (job.width - len(probes)) for probes in job.probes]
     tails = [texts.asked(lang, probe["question"]) for probes in asked for probe in probes]
-    with reading(ttt, memory) as session:
-        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(job.width), session)
-        predictions = greedy(model, tokenizer, logits, past, new_tokens or MAX_NEW_TOKENS, session, early_stop)
+    predictions, _ = answers_to(model, tokenizer, tails, new_tokens or MAX_NEW_TOKENS, past, ttt, memory, early_stop=early_stop)
     norms, sizes = (memory.update_norm().tolist(), memory.row_nbytes().tolist()) if memory else (None, None)
     rows = []
     for i, (sample, probes) in enumerate(zip(job.samples, job.probes)):

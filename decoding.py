@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,7 @@ def whole_rows(model, rows: list[list[int]], pad_id: int, session=None) -> tuple
 
 
 class Steps:
-    """Greedy answers of B rows, a token a step, in place: after what `past` holds, which it takes over, and under `session` as `forward`.
+    """Greedy answers of B rows, a token a step, in place: after what `past` holds, which it takes over, and in a Reader's context (session) or none.
 
     tokens [B, room]: what was said so far, pads behind a row's end. alive [B]: rows that have not ended (line: see greedy). On a GPU the steps after
     the first WARM ones are one captured graph: a step of a small batch is else bound by the launching of its kernels.
@@ -166,29 +167,38 @@ class Steps:
 
     def run(self) -> None:
         """One step."""
-        if self.device.type != "cuda":
-            self._step()
-        elif self.done < WARM:
-            self._on_side_stream(self._step)
-        else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                self._on_side_stream(self._capture)
+        if self.device.type == "cuda" and self.done == WARM:
+            self._capture()
+        if self.graph is not None:
             self.graph.replay()
+        elif self.device.type == "cuda":
+            self._on_side_stream()
+        else:
+            self._step()
         self.done += 1
 
     def _capture(self) -> None:
-        self.graph.capture_begin()
-        self._step()  # records, does nothing
-        self.graph.capture_end()
+        """Record a step, which runs nothing yet. A base that cannot be recorded (one that looks at a number on the way) is stepped as before."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=capture_stream(self.device)):
+                self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            print(f"answers are not captured as a CUDA graph, which is slower: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            self.graph = graph
 
-    def _on_side_stream(self, work) -> None:
-        """Capture needs a stream of its own, and what is captured must have run there before (torch's notes on CUDA graphs)."""
-        side = capture_stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
+    def _on_side_stream(self) -> None:
+        """A step on the stream of the capture: what is captured must have run there before (torch's notes on CUDA graphs)."""
+        side, current = capture_stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
+        try:
+            with torch.cuda.stream(side):
+                self._step()
+        finally:
+            current.wait_stream(side)
 
 
 @functools.cache
@@ -213,7 +223,7 @@ def stop_mask(tokenizer, vocabulary: int, device, line: bool) -> torch.Tensor:
 
 def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None, early_stop: bool = True,
            line: bool = True) -> list[str]:
-    """Continue every row greedily until its line or turn ends (session: as in `forward`); the answers' first lines, stripped. Takes `past` over.
+    """Continue every row greedily until its line or turn ends (session: the Reader of the context, or None); the answers' first lines, stripped. Takes `past` over.
 
     early_stop: leave once every row has ended; without, every call costs the same, as a benchmark of time wants it.
     line: without, an answer goes on over its line breaks, until the turn ends or max_new_tokens are said.
@@ -225,6 +235,23 @@ def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens
         steps.run()
     texts = tokenizer.batch_decode(steps.tokens_BN, skip_special_tokens=True)
     return [(text.split("\n")[0] if line else text).strip() for text in texts]
+
+
+def heard(model, rows: list[list[int]], pad_id: int, ttt: InPlaceTTT | None = None, memory: Memory | None = None) -> Past:
+    """What attention keeps of rows that stand before questions, read with the memory. They are a read context of their own: read streams
+    look back over a question alone, in training as here."""
+    with reading(ttt, memory) as session:
+        return prefill(model, rows, pad_id, session=session)[1]
+
+
+def answers_to(model, tokenizer, questions: list[list[int]], max_new_tokens: int, past: Past | None = None, ttt: InPlaceTTT | None = None,
+               memory: Memory | None = None, **how) -> tuple[list[str], torch.Tensor]:
+    """(greedy answers to the questions, the logits of their first tokens [N, V]); N questions, N / B neighbouring ones behind each of the B
+    rows of `past`, which is taken over, and with each row of the memory. how: see greedy."""
+    with reading(ttt, memory) as session:
+        before = past and past.repeat(len(questions) // past.mask.shape[0])
+        logits_BV, past = prefill(model, questions, tokenizer.pad_token_id, before, session)
+        return greedy(model, tokenizer, logits_BV, past, max_new_tokens, session, **how), logits_BV
 
 
 def kv_bytes_per_token(model) -> int:

@@ -25,7 +25,7 @@ import adaptation
 import benchmark_file
 import prompts
 from conditions import MAX_NEW_TOKENS
-from decoding import forward_all, greedy, prefill
+from decoding import answers_to, forward_all, heard
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
@@ -76,10 +76,9 @@ def write(loaded: Loaded, ttt: InPlaceTTT, sample: dict) -> Text:
 @torch.no_grad()
 def ask(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, lang: str, probe: dict) -> Asked:
     """The example before the question is read in a context of its own, as run_experiment.py does it."""
-    tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    tokenizer = loaded.tokenizer
     tail, gold = prompts.tail_ids(tokenizer, lang, probe["question"]), prompts.answer_ids(tokenizer, lang, probe["gold_answer"])
-    with ttt.read(memory) as session:
-        _, past = prefill(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, pad, session=session)
+    past = heard(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, tokenizer.pad_token_id, ttt, memory)
     ids = torch.tensor([tail + gold] * memory.batch, device=loaded.device)
     answer = slice(len(tail) - 1, -1)  # what predicts the answer's tokens
     watch = torch.zeros_like(ids, dtype=torch.bool)
@@ -144,13 +143,10 @@ def spectrum(memory: Memory, i: int) -> dict:
 @torch.inference_mode()
 def right(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, sample: dict) -> list[list[bool]]:
     """Of each row of the memory, whether each question of the sample is answered exactly with it."""
-    pad, lang, probes = loaded.tokenizer.pad_token_id, sample["lang"], sample["probes"]
-    with ttt.read(memory) as session:
-        _, past = prefill(loaded.model, [prompts.head_ids(loaded.tokenizer, lang, with_text=False)] * memory.batch, pad, session=session)
-    tails = [prompts.tail_ids(loaded.tokenizer, lang, probe["question"]) for probe in probes]
-    with ttt.read(memory) as session:
-        logits, past = prefill(loaded.model, tails * memory.batch, pad, past.repeat(len(probes)), session)
-        answers = greedy(loaded.model, loaded.tokenizer, logits, past, MAX_NEW_TOKENS, session)
+    tokenizer, lang, probes = loaded.tokenizer, sample["lang"], sample["probes"]
+    past = heard(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, tokenizer.pad_token_id, ttt, memory)
+    tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for probe in probes]
+    answers, _ = answers_to(loaded.model, tokenizer, tails * memory.batch, MAX_NEW_TOKENS, past, ttt, memory)
     correct = [exact_match(a, [p["gold_answer"], *p.get("aliases", [])], lang) for a, p in zip(answers, probes * memory.batch)]
     return [correct[start:start + len(probes)] for start in range(0, len(correct), len(probes))]
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-import prompts
-from decoding import greedy, prefill, write_rows
+from decoding import answers_to, heard, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from model_utils import Loaded, find_row, load_model, pick_device
@@ -55,11 +54,8 @@ def stages(loaded: Loaded, ttt: InPlaceTTT):
 
     @torch.inference_mode()
     def read():
-        with ttt.read(state["memory"]) as session:
-            _, past = prefill(loaded.model, [head] * CONVERSATIONS, pad, session=session)
-        with ttt.read(state["memory"]) as session:
-            logits, past = prefill(loaded.model, tails, pad, past.repeat(PROBES), session)
-            greedy(loaded.model, loaded.tokenizer, logits, past, NEW_TOKENS, session)
+        past = heard(loaded.model, [head] * CONVERSATIONS, pad, ttt, state["memory"])
+        answers_to(loaded.model, loaded.tokenizer, tails, NEW_TOKENS, past, ttt, state["memory"])
 
     def train():
         optimizer = torch.optim.AdamW(ttt.parameters(), lr=1e-6)

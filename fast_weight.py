@@ -265,7 +265,7 @@ class FastWeight(nn.Module):
         """Queries [B, L, K] that also know what is gathered around them."""
         return self._features(beside(x_BLD, asked_BLZ), h_BLF, "query")
 
-    def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
+    def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen):
         """What the read attention gathers from the question so far, [B, L, Z], and its keys and values so far.
 
         bias: `distance_bias` from the L new tokens to all T; seen: what the call before returned.

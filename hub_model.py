@@ -147,6 +147,8 @@ def write_adapter(folder: Path, adapter, manifest: dict) -> None:
 
 def write_merged(folder: Path, loaded: Loaded, lora, adapter, manifest: dict) -> None:
     """An ordinary model folder; a LoRA is added into the base's weights. Its config.json alone, without the code, is the base's."""
+    if lora is not None and manifest["ttt"]["unit_targets"] and not manifest["ttt"]["calibrated"]:
+        raise UserError(f"{adapter}: this joint arm measures its values by W_down without the LoRA, which a merged model no longer has; export it without --merged")
     model = loaded.model if lora is None else lora.merge_and_unload()
     base = type(model).__name__
     if getattr(transformers, base, None) is not type(model):

@@ -11,6 +11,8 @@ from typing import Callable
 import numpy as np
 from scipy import stats
 
+from results_files import MEMORYLESS
+
 CONFIDENCE = 0.95
 CEILINGS = ("A_context", "A_tuned")
 
@@ -117,6 +119,11 @@ def ratio_cell(ratio, by_condition, settings):
     used = list(dict.fromkeys(used))
     if not set(ratio.needed) <= set(used) or (ratio.any_of and not set(ratio.any_of) & set(used)):
         return None
+    asked = [name for name in used if name not in MEMORYLESS]  # what a seed's own memory answered: seeds differ, so only whole ones compare
+    seeds = {name: {row["seed"] for row in by_condition[name]} for name in asked}
+    shared_seeds = set.intersection(*seeds.values()) if seeds else set()
+    dropped = any(found - shared_seeds for found in seeds.values())
+    by_condition |= {name: [row for row in by_condition[name] if row["seed"] in shared_seeds] for name in asked}
     keys = {name: {probe_key(row) for row in by_condition[name]} for name in used}
     common = set.intersection(*keys.values())
     if len(common) < ratio.least:
@@ -124,7 +131,7 @@ def ratio_cell(ratio, by_condition, settings):
     cell = {"value": None, "ci": None, "n": len(common), "samples": len({sample for sample, _ in common})}
     if ratio.any_of:
         cell |= {"denominator": None, "A_tuned_run": "A_tuned" in used}
-    notes = []
+    notes = [f"of seeds {', '.join(map(str, sorted(shared_seeds, key=str)))}, the only ones with {' and '.join(asked)}"] if dropped and common else []
     if any(len(found) > len(common) for found in keys.values()):
         notes.append(f"on the {len(common)} probes that {', '.join(used)} share")
     if common:

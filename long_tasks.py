@@ -139,10 +139,14 @@ def read_items(path, tokenizer) -> list[Item]:
         try:
             fields = json.loads(line)
             item = Item(**fields | {"answers": tuple(fields["answers"])})
+            if item.metric not in METRICS or not all(type(n) is int and n >= 0 for n in (item.length, item.new_tokens, item.tokens, item.seed, item.index)):
+                raise ValueError(f"metric {item.metric!r} or a number is not one")
             tokens = count_tokens(tokenizer, Parts(item.document, item.question, item.answers))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} line {number}: no item ({error}); {mend}") from None
         find_task(item.task)
+        if any((item.task, item.length, item.seed, item.index) == (other.task, other.length, other.seed, other.index) for other in items):
+            raise UserError(f"{path} line {number}: {item.task} {item.length} {item.index} stands there twice; {mend}")
         if tokens != item.tokens:
             raise UserError(f"{path} line {number}: {item.tokens} tokens, and {tokens} with this model's tokenizer; {mend}, and --model as here")
         items.append(item)

@@ -9,7 +9,6 @@ tasks weighs tasks alike and resamples the items of each; a gain is taken on the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -163,13 +162,12 @@ def dress(ax, arms: list[dict]) -> None:
 
 def lines_of(arms: list[dict]) -> dict[str, list[dict]]:
     """The lines of a figure: {label: cells in order of length}; a base's in_context is one line, however many arms share it."""
-    lines = {}
+    lines: dict[str, dict] = defaultdict(dict)
     for arm in arms:
-        for mode in MODES:
-            cells = [cell for cell in arm["cells"] if cell["mode"] == mode]
-            if cells:
-                lines.setdefault(f"{arm['model']}, in_context" if mode == "in_context" else f"{arm['arm']}, {mode}", cells)
-    return lines
+        for cell in sorted(arm["cells"], key=lambda cell: MODES.index(cell["mode"])):
+            label = f"{arm['model']}, in_context" if cell["mode"] == "in_context" else f"{arm['arm']}, {cell['mode']}"
+            lines[label].setdefault((cell["task"], cell["length"]), cell)
+    return {label: sorted(cells.values(), key=lambda cell: cell["length"]) for label, cells in lines.items()}
 
 
 # ---- tables ----

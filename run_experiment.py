@@ -111,7 +111,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
         alone = [c.name for c in conditions if c.name in MEMORYLESS]
         if alone:
             raise UserError(f"--conditions {alone[0]}: asks the base alone, and {arguments.adapter} has a LoRA on it (a joint arm); run "
-                            "it without --adapter, and this arm with --conditions B_memory,B_swapped,D_distractor")
+                            "it without --adapter, and this arm with --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign")
     tuned = read_manifest(arguments.tuned_adapter) if arguments.tuned_adapter else None
     if tuned:
         check_base(tuned, arguments.tuned_adapter, loaded)

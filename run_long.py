@@ -15,6 +15,7 @@ needed to repeat the run; --resume goes on. A length that the model's window doe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -26,13 +27,13 @@ import torch
 from tqdm import tqdm
 
 import long_tasks
-from decoding import greedy, prefill, reading, write_rows
+from decoding import answers_to, greedy, prefill, write_rows
 from halving import in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
 from manifests import UserError, provenance, run_script, write_json
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
-from prompts import encode, start_ids
+from prompts import encode, start_ids, written_ids
 from results_files import open_folder
 
 MODES = ("in_context", "ttt_paper", "ttt_strict")
@@ -63,7 +64,9 @@ class Job:
 
 
 def name_of(item: Item) -> str:
-    return f"{item.task}-{item.length}-s{item.seed}-{item.index}"
+    """Names the item and its text: another file's or generator's item of the same number has another name."""
+    text = hashlib.sha256("\0".join([item.document, item.question, *item.answers]).encode()).hexdigest()
+    return f"{item.task}-{item.length}-s{item.seed}-{item.index}-{text[:8]}"
 
 
 def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
@@ -90,24 +93,22 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
         before = torch.cuda.memory_allocated()
     begun = time.perf_counter()
     start, pad = start_ids(tokenizer), tokenizer.pad_token_id
-    documents = [start + encode(tokenizer, item.document) for item in job.items]
+    documents = [written_ids(tokenizer, item.document) for item in job.items]
     questions = [encode(tokenizer, item.question) for item in job.items]
-    memory = past = logits = None
+    whole, new_tokens = [d + q for d, q in zip(documents, questions)], job.items[0].new_tokens
     if job.mode == "in_context":
-        logits, past = prefill(model, [d + q for d, q in zip(documents, questions)], pad)
+        said, _ = answers_to(model, tokenizer, whole, new_tokens, line=False)
     elif job.mode == "ttt_strict":
         memory, _ = write_rows(model, ttt, documents, pad)
-        questions = [start + q for q in questions]
+        said, _ = answers_to(model, tokenizer, [start + q for q in questions], new_tokens, None, ttt, memory, line=False)
     elif ttt.config.chunk is None or ttt.config.read_attention:
         memory, past = write_rows(model, ttt, documents, pad)
+        said, _ = answers_to(model, tokenizer, questions, new_tokens, past, ttt, memory, line=False)
     else:
         with ttt.write() as writer:
-            logits, past = prefill(model, [d + q for d, q in zip(documents, questions)], pad, session=writer)
-        memory = writer.memory()
-    with reading(ttt, memory) as session:
-        if logits is None:
-            logits, past = prefill(model, questions, pad, past, session)
-        said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
+            logits, past = prefill(model, whole, pad, session=writer)
+        with ttt.read(writer.memory()) as session:
+            said = greedy(model, tokenizer, logits, past, new_tokens, session, line=False)
     if cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / len(job.items)

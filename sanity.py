@@ -24,7 +24,7 @@ import benchmark_file
 import decoding
 import prompts
 from arms import base_digest
-from decoding import check_window, forward, greedy, prefill, reading, write_rows
+from decoding import answers_to, check_window, forward, heard, prefill, write_rows
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, read_manifest, run_script
@@ -90,11 +90,8 @@ def ask(setup: Setup, memory: Memory | None, samples: list[dict], new_tokens: in
     head = prompts.head_ids(tokenizer, lang, with_text=False)
     tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for s in samples for probe in s["probes"][:QUESTIONS]]
     check_window(model, len(head) + max(map(len, tails)) + NEW_TOKENS, samples[0]["sample_id"])
-    with reading(setup.ttt, memory) as session:
-        _, past = prefill(model, [head] * len(samples), tokenizer.pad_token_id, session=session)
-    with reading(setup.ttt, memory) as session:
-        logits, past = prefill(model, tails, tokenizer.pad_token_id, past.repeat(QUESTIONS), session)
-        return greedy(model, tokenizer, logits, past, new_tokens, session), logits
+    past = heard(model, [head] * len(samples), tokenizer.pad_token_id, setup.ttt, memory)
+    return answers_to(model, tokenizer, tails, new_tokens, past, setup.ttt, memory)
 
 
 def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tensor:

@@ -63,8 +63,10 @@ class Reader:
 
     def fix(self, room: int) -> None:
         """From here on every call brings one token a row, `room` calls at most, and what they leave is kept in place; `advance` follows each."""
-        if self._real_BT is None:
+        if not self.owner.config.read_attention:
             return
+        if self._real_BT is None:
+            raise RuntimeError("an answer is to begin before its question was read; arms with read attention need it")
         self._column = torch.tensor([self._real_BT.shape[1]], device=self._real_BT.device)
         self._real_BT = torch.nn.functional.pad(self._real_BT, (0, room))
         self._seen = {index: FixedPair(*seen, room, self._column) for index, seen in self._seen.items()}

@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Parameter(draw(width, WIDER * width)), nn.Parameter(0.1 * draw(WIDER * width, width))
         self.dropout = nn.Dropout(0.0)  # of what a block adds to the stream; training sets its share
 
-    def forward(self, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None):
+    def forward(self, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | FixedPair | None):
         """(s [B, L, Z], the heads' keys and values so far); seen: see look."""
         s_BLZ = before_BLZ + x_BLD @ self.inject
         gathered_BLZ, seen = look(unit_rms(s_BLZ) @ self.attend, bias_BHLT, seen)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import training_bank
 from arms import LORA, Arm, base_digest, updates_before
 from fast_weight import TARGETS
-from manifests import UserError, provenance, read_manifest, run_script
+from manifests import UserError, provenance, run_script
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from training_data import BankDataset, TextDataset, batches, load_texts
@@ -315,7 +315,7 @@ def main() -> None:
     with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
         run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save), folder)
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
-          f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,D_distractor' if arguments.joint else ''}")
+          f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign' if arguments.joint else ''}")
 
 
 def run_training(arguments, work, folder: Path) -> None:

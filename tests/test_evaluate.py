@@ -134,6 +134,16 @@ def test_ratios_by_hand(name, value):
     assert ratio_cell(RATIOS[name], by_hand(), FAST)["value"] == pytest.approx(value)
 
 
+def test_seeds_that_answered_less_are_left_out_of_what_they_lack():
+    """A seed with B_memory alone says nothing of what four conversations in one memory keep; the base's rows are of no seed."""
+    rows = {"B_memory": probes({"a": [1, 1], "b": [1, 1]}, seed=0) + probes({"a": [1, 0], "b": [0, 1]}, seed=1),
+            "B_merged_4": probes({"a": [1, 0], "b": [0, 0]}, seed=1), "A_tuned": probes({"a": [1, 1], "b": [1, 1]}, seed=None)}
+    cell = ratio_cell(RATIOS["merged_4_ratio"], rows, FAST)
+    assert cell["value"] == pytest.approx(0.5) and "of seeds 1" in cell["note"]
+    kept = ratio_cell(RATIOS["memory_efficiency_ratio"], rows, FAST)
+    assert kept["value"] == pytest.approx(6 / 8) and "note" not in kept
+
+
 def test_the_ratio_on_names_and_codes_looks_at_nothing_else():
     golds = {"a": "玛尔塔", "b": "BY-795", "c": "attic", "d": "11G", "e": "24 euros"}
     right = {"A_context": "abcd", "B_memory": "ace"}  # of a, b and d: three in context, one from memory

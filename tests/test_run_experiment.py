@@ -26,7 +26,7 @@ import results_files
 import run_experiment
 from conditions import CONDITIONS, Condition
 from in_place_ttt import InPlaceTTT, TTTConfig
-from manifests import run_script, write_json, write_manifest
+from manifests import run_script, write_manifest
 from model_utils import MODELS, byte_tokenizer, load_model, save_adapter
 from train_minimal import LORA
 
@@ -165,20 +165,20 @@ class Whole:
         with pytest.MonkeyPatch.context() as patch:
             answer = run_experiment.answer
             patch.setattr(run_experiment, "answer", lambda loaded, ttt, job, texts: self.begin(job) or answer(loaded, ttt, job, texts))
-            for name, at in (("write_rows", 2), ("prefill", 1)):
-                patch.setattr(conditions, name, self.watched(name, getattr(conditions, name), at))
+            for name, at, kind in (("write_rows", 2, "written"), ("prefill", 1, "read"), ("heard", 1, "read"), ("answers_to", 2, "read")):
+                patch.setattr(conditions, name, self.watched(kind, getattr(conditions, name), at))
             self.code = run_command(command(self.out, "--model", model, "--adapter", adapter, "--tuned-adapter", kit.tuned(), "--lang", "en",
                                             "--benchmark", kit.benchmark, "--conditions", ",".join(CONDITIONS), "--batch-size", 16), patch)
         self.rows, self.run = read_rows(self.out), json.loads((self.out / "run.json").read_text(encoding="utf-8"))
         self.by_probe = by_probe(self.rows)
 
     def begin(self, job):
-        self.job = {"job": job, "write_rows": [], "prefill": []}
+        self.job = {"job": job, "written": [], "read": []}
         self.calls.append(self.job)
 
-    def watched(self, name, function, at):
+    def watched(self, kind, function, at):
         def watch(*arguments, **named):
-            self.job[name].append([TOKENIZER.decode(row) for row in arguments[at]])
+            self.job[kind].append([TOKENIZER.decode(row) for row in arguments[at]])
             return function(*arguments, **named)
         return watch
 
@@ -186,9 +186,9 @@ class Whole:
         """{sample_id: (texts written, the prompt before the questions, the questions)} of a condition."""
         found = {}
         for call in (c for c in self.calls if c["job"].condition.name == condition):
-            (heads, tails), width = call["prefill"], call["job"].width
+            (heads, tails), width = call["read"], call["job"].width
             for i, s in enumerate(call["job"].samples):
-                found[s["sample_id"]] = [rows[i] for rows in call["write_rows"]], heads[i], tails[i * width:(i + 1) * width]
+                found[s["sample_id"]] = [rows[i] for rows in call["written"]], heads[i], tails[i * width:(i + 1) * width]
         return found
 
     def level(self, *levels):

@@ -95,10 +95,13 @@ def test_an_answer_does_not_depend_on_its_batch(long_run, adapter):
         assert said(together, mode) == said(alone, mode)
 
 
-def test_an_answer_may_have_several_lines(long_run, monkeypatch):
+def test_an_answer_may_have_several_lines(long_run, adapter, monkeypatch):
     heard = []
-    monkeypatch.setattr(run_long, "greedy", lambda *a, **k: heard.append(k) or ["1. one\n2. two"] * a[2].shape[0])
-    assert long_run()[0] == 0 and all(k == {"line": False} for k in heard)
+    several = lambda *a, **k: (heard.append(k["line"]), ["1. one\n2. two"] * 2)[1]
+    monkeypatch.setattr(run_long, "answers_to", lambda *a, **k: (several(*a, **k), None))
+    monkeypatch.setattr(run_long, "greedy", several)
+    rows = long_run("--adapter", adapter)[3]
+    assert heard == [False] * 3 and all(row["prediction"] == "1. one\n2. two" for row in rows)
 
 
 def test_an_interrupted_run_goes_on(long_run, adapter, tmp_path):

@@ -12,6 +12,7 @@ from conftest import strengthen
 import benchmark_file
 import sanity
 import sessions
+from decoding import prefill, reading
 from in_place_ttt import FastWeight, InPlaceTTT, Reader, TTTConfig, TTTMLP, Writer
 from manifests import provenance, run_script
 from memory import LayerMemory, Memory
@@ -100,10 +101,10 @@ def leak_the_past(original):
     """write_rows whose text stays in reach: the next prompt is read behind the cache it left."""
     def write_rows(*arguments, **options):
         memory, past = original(*arguments, **options)
-        real = sanity.prefill
-        def prefill(model, rows, pad_id, earlier=None, session=None):
-            return real(model, rows, pad_id, past if earlier is None else earlier, session)
-        sanity.prefill = prefill
+        def heard(model, rows, pad_id, ttt=None, memory=None):
+            with reading(ttt, memory) as session:
+                return prefill(model, rows, pad_id, past, session)[1]
+        sanity.heard = heard
         return memory, past
     return write_rows
 
@@ -144,7 +145,7 @@ SABOTAGE = {
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_each_check_sees_its_sabotage(setup, name, monkeypatch):
     check, sabotage = SABOTAGE[name]
-    monkeypatch.setattr(sanity, "prefill", sanity.prefill)  # restored whatever a sabotage puts there
+    monkeypatch.setattr(sanity, "heard", sanity.heard)  # restored whatever a sabotage puts there
     sabotage(monkeypatch, setup)
     if check == "base_is_unchanged":
         sanity.write(setup, setup.texts[:1])
