@@ -213,11 +213,10 @@ def stop_ids(tokenizer, line: bool = True) -> frozenset[int]:
     return frozenset([i for i, text in enumerate(texts) if "\n" in text] + list(tokenizer.all_special_ids))
 
 
-@functools.lru_cache(maxsize=4)
 def stop_mask(tokenizer, vocabulary: int, device, line: bool) -> torch.Tensor:
     """Which of the model's token ids end an answer, [V]; a model may have more of them than its tokenizer."""
     mask_V = torch.zeros(vocabulary, dtype=torch.bool)
-    mask_V[[i for i in stop_ids(tokenizer, line) if i < vocabulary]] = True
+    mask_V[torch.tensor([i for i in stop_ids(tokenizer, line) if i < vocabulary], dtype=torch.long)] = True
     return mask_V.to(device)
 
 

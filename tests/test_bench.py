@@ -129,7 +129,7 @@ def text_in(out, line):
 def test_an_answer_has_all_its_tokens(tiny, monkeypatch):
     """Nothing stops early: one prefill and NEW - 1 further calls, each of one token, although every token is an end here."""
     lengths, small = [], bench.Bench(tiny, SMALL)
-    monkeypatch.setattr("decoding.stop_ids", lambda tokenizer: frozenset(range(260)))
+    monkeypatch.setattr("decoding.stop_ids", lambda tokenizer, line: frozenset(range(260)))
     hook = tiny.model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     bench.ask(small, small.rows(3, 7))
     hook.remove()

@@ -778,7 +778,7 @@ def test_earlier_memory_and_segments_together(llama, attach, monkeypatch):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_reading_200_tokens_never_writes(family, dense, attach, monkeypatch):
-    monkeypatch.setattr(decoding, "stop_ids", lambda tokenizer: frozenset())
+    monkeypatch.setattr(decoding, "stop_ids", lambda tokenizer, line: frozenset())
     ttt = attach(family, chunk=4, unit_keys=True)
     memory = write_rows(family.model, ttt, token_rows((12, 7)), PAD)[0]
     memory = memory.dense() if dense else memory
