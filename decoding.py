@@ -161,8 +161,6 @@ class Steps:
         out = self.model(input_ids=self.chosen_B1, attention_mask=visible, position_ids=position_B1, past_key_values=self.cache, use_cache=True,
                          logits_to_keep=1)
         self.column += 1
-        if self.session is not None:
-            self.session.advance()
         self._choose(out.logits[:, -1])
 
     def run(self) -> None:

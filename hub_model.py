@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, ModelCardData
 
 from manifests import UserError, current_commit, read_manifest, run_script, write_json
 from memory_model import ADAPTER
-from model_utils import Loaded, check_base, load_adapter, load_lora, load_model
+from model_utils import Loaded, check_base, load_adapter, load_lora, load_model, read_config
 
 HERE = Path(__file__).parent
 LICENCES = {"Apache-2.0": "apache-2.0", "Gemma terms": "gemma"}  # the table's words -> the Hub's names; "other" for the rest
@@ -147,7 +147,8 @@ def write_adapter(folder: Path, adapter, manifest: dict) -> None:
 
 def write_merged(folder: Path, loaded: Loaded, lora, adapter, manifest: dict) -> None:
     """An ordinary model folder; a LoRA is added into the base's weights. Its config.json alone, without the code, is the base's."""
-    if lora is not None and manifest["ttt"]["unit_targets"] and not manifest["ttt"]["calibrated"]:
+    settings = read_config(manifest, adapter)
+    if lora is not None and settings.unit_targets and not settings.calibrated:
         raise UserError(f"{adapter}: this joint arm measures its values by W_down without the LoRA, which a merged model no longer has; export it without --merged")
     model = loaded.model if lora is None else lora.merge_and_unload()
     base = type(model).__name__

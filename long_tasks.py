@@ -134,8 +134,8 @@ def write_items(items: list[Item], path: Path) -> None:
 
 def read_items(path, tokenizer) -> list[Item]:
     """The items that `--profile --out` wrote; UserError for a line that is none, or that another tokenizer has sized."""
-    items, mend = [], "write it again with python long_tasks.py --profile NAME --out FILE"
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    items, taken, mend = [], set(), "write it again with python long_tasks.py --profile NAME --out FILE"
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):  # not splitlines: a text may hold other separators
         try:
             fields = json.loads(line)
             item = Item(**fields | {"answers": tuple(fields["answers"])})
@@ -145,10 +145,11 @@ def read_items(path, tokenizer) -> list[Item]:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} line {number}: no item ({error}); {mend}") from None
         find_task(item.task)
-        if any((item.task, item.length, item.seed, item.index) == (other.task, other.length, other.seed, other.index) for other in items):
+        if (place := (item.task, item.length, item.seed, item.index)) in taken:
             raise UserError(f"{path} line {number}: {item.task} {item.length} {item.index} stands there twice; {mend}")
         if tokens != item.tokens:
             raise UserError(f"{path} line {number}: {item.tokens} tokens, and {tokens} with this model's tokenizer; {mend}, and --model as here")
+        taken.add(place)
         items.append(item)
     return items
 

@@ -18,9 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import plots
+from evaluate import write_text
 from intervals import Bootstrap, interval
 from manifests import write_json
-from report_tables import around_block
+from report_tables import around_block, with_interval
 from results_files import ResultsError, parse_object, read_lines, read_text
 from run_long import MODES
 
@@ -172,10 +173,6 @@ def lines_of(arms: list[dict]) -> dict[str, list[dict]]:
 
 # ---- tables ----
 
-def number(value: float, ends) -> str:
-    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
-
-
 def tables(report: dict) -> str:
     """The block's content: a table a run (scores by mode and length, gains over in_context), then the runs."""
     lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items."]
@@ -188,8 +185,8 @@ def tables(report: dict) -> str:
         for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"], c["length"]))):
             found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
             lines.append(f"| {task} | {length:,} | {max(cell['n'] for cell in found.values())} | " + " | ".join(
-                [number(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
-                + [number(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]) + " |")
+                [with_interval(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
+                + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
     lines += [f"- {arm['name']}: commit {arm['commit']}, {arm['device']}, `{arm['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "") for arm in report["arms"]]
@@ -224,7 +221,7 @@ def main(arguments=None) -> int:
         draw_cost(report["arms"], out / "figures/cost.png")
         write_json(out / "report.json", report)
         if around:
-            results_md.write_text(around[0] + tables(report) + around[1], encoding="utf-8")
+            write_text(results_md, around[0] + tables(report) + around[1])
         print(tables(report))
         print(f"Report: {out / 'report.json'}; figures: {out / 'figures'}" + (f"; table: {results_md}" if results_md else ""))
     except ResultsError as error:

@@ -34,7 +34,7 @@ class Reader:
         self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
         self._seen: dict[int, tuple | FixedPair] = {}  # the read attention's keys and values by layer
         self._real_BT = self._bias_BHLT = None
-        self._column: torch.Tensor | None = None  # where the next token goes, once there is fixed room
+        self._column: torch.Tensor | None = None  # where the announced token goes, once there is fixed room
 
     def expect(self, mask_BL: torch.Tensor, position_BL: torch.Tensor | None = None, visible_BLL: torch.Tensor | None = None) -> None:
         """Say which tokens of the next forward call are real (1) and which are pads (0), [B, L].
@@ -44,6 +44,7 @@ class Reader:
         if not self.owner.config.read_attention:
             return
         if self._column is not None:
+            self._column += 1
             self._real_BT.index_copy_(1, self._column, mask_BL.bool())
             position_BT = self._real_BT.cumsum(1)
             self._make_bias(position_BT.index_select(1, self._column), position_BT, self._real_BT[:, None, :])
@@ -62,18 +63,14 @@ class Reader:
         self._bias_BHLT = distance_bias(position_BL, position_BT, visible_BLT, self.owner.config.read_attention, dtype)
 
     def fix(self, room: int) -> None:
-        """From here on every call brings one token a row, `room` calls at most, and what they leave is kept in place; `advance` follows each."""
+        """From here on every call brings one token a row, `room` calls at most, and what they leave is kept in place."""
         if not self.owner.config.read_attention:
             return
         if self._real_BT is None:
             raise RuntimeError("an answer is to begin before its question was read; arms with read attention need it")
-        self._column = torch.tensor([self._real_BT.shape[1]], device=self._real_BT.device)
+        self._column = torch.tensor([self._real_BT.shape[1] - 1], device=self._real_BT.device)
         self._real_BT = torch.nn.functional.pad(self._real_BT, (0, room))
         self._seen = {index: FixedPair(*seen, room, self._column) for index, seen in self._seen.items()}
-
-    def advance(self) -> None:
-        if self._column is not None:
-            self._column += 1
 
     def on_embeddings(self, module, inputs, output) -> None:
         self._stream_BLZ = self.owner.streams["read"].begin(self.owner.fast[str(self.owner.config.layers[0])].scaled(output))
