@@ -21,7 +21,7 @@ import benchmark_file
 import plots
 import report_tables
 from benchmark_dialogue import person_names
-from intervals import PAIRS, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
+from intervals import PAIRS, POOLED, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
 from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
                            load_run, parse_object, read_text)
 
@@ -140,15 +140,32 @@ def breakdowns(rows, settings):
 
 def part_tables(by_condition, level, settings):
     """The report's cells of one level and language: {table: {name: cell}}."""
-    ratios = {name: ratio_cell(ratio, by_condition, settings)
-              for name, ratio in RATIOS.items() if level in ratio.levels}
     tests = {f"{first}_vs_{second}": mcnemar(by_condition.get(first, []), by_condition.get(second, []))
              for first, second in PAIRS}
     return {"conditions": {name: score_cell(by_condition[name], settings)
                            for name in sorted(by_condition, key=condition_order)},
-            "ratios": {name: cell | {"value": rounded(cell["value"]), "ci": rounded(cell["ci"])}
-                       for name, cell in ratios.items() if cell},
+            "ratios": ratio_cells([name for name, ratio in RATIOS.items() if level in ratio.levels], by_condition, settings),
             "tests": {name: cell for name, cell in tests.items() if cell}}
+
+
+def ratio_cells(names, by_condition, settings):
+    """The ratios of these names that the conditions allow, {name: cell}, to 6 decimals."""
+    cells = {name: ratio_cell(RATIOS[name], by_condition, settings) for name in names}
+    return {name: cell | {"value": rounded(cell["value"]), "ci": rounded(cell["ci"])} for name, cell in cells.items() if cell}
+
+
+def pooled_ratios(rows, settings):
+    """{name: {language: cell}} of what is asked of an arm as a whole, over the probes of all levels: of several levels' intervals one leaves
+    out 0 by chance more often than once in twenty times."""
+    table = defaultdict(dict)
+    for lang in sorted({row["lang"] for row in rows}):
+        by_condition = defaultdict(list)
+        for row in rows:
+            if row["lang"] == lang:
+                by_condition[row["condition"]].append(row)
+        for name, cell in ratio_cells(POOLED, by_condition, settings).items():
+            table[name][lang] = cell
+    return dict(table)
 
 
 def pooled_levels(rows, settings):
@@ -208,7 +225,8 @@ def arm_report(model, arm, runs, settings):
     entry = {"arm": arm, "model": model, "frozen": runs[0]["frozen"], "objective": runs[0]["objective"],
              "seeds": sorted({run["seed"] for run in runs}, key=str), "complete": all(run["complete"] for run in runs),
              "kv_bytes": kv_bytes(runs), "snapshot_of": runs[0].get("snapshot_of"), "conversations_seen": runs[0].get("conversations_seen"),  # runs from before have neither
-             "conditions": {}, "ratios": {}, "tests": {}, "pooled_levels": pooled_levels(rows, settings), "b_vs_d": {},
+             "conditions": {}, "ratios": {}, "tests": {}, "pooled_levels": pooled_levels(rows, settings),
+             "pooled_ratios": pooled_ratios(rows, settings), "b_vs_d": {},
              "examples": examples_of(rows, settings),
              "runs": [{name: run[name] for name in shown} for run in runs]}
     for (level, lang), by_condition in sorted(parts.items()):

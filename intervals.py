@@ -59,6 +59,7 @@ RATIOS = {
     "swapped_lift": Ratio(("B_swapped", "C_nothing"), (), (1, 2, 3), lambda em: em["B_swapped"] - em["C_nothing"], one),
     "foreign_cost": Ratio(("A_foreign", "A_context"), (), (1, 2, 3), lambda em: em["A_foreign"] - em["A_context"], one),
 }
+POOLED = ("swapped_lift", "foreign_cost")  # also told over the probes of all levels
 PAIRS = (("B_memory", "C_nothing"), ("B_memory", "B_swapped"), ("D_distractor", "B_memory"), ("A_context", "B_memory"), ("A_foreign", "A_context"))
 
 

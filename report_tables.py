@@ -3,6 +3,7 @@ from results_files import SCALES, ResultsError, condition_order, read_text, show
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 LEVELS = ("1", "2", "3")
+ALL = "all"  # stands for a level where a ratio is told over all of them
 UNFAIR = "†"  # marks a ratio whose denominator is A_context because A_tuned did not run
 MEANINGS = {
     "A_context": "EM of the base as it is, reading the conversation in its prompt",
@@ -63,7 +64,7 @@ def em_text(arm, name, level, lang):
 
 
 def ratio_text(arm, name, level, lang):
-    cell = find(arm, "ratios", name, level, lang)
+    cell = arm["pooled_ratios"].get(name, {}).get(lang) if level == ALL else find(arm, "ratios", name, level, lang)
     if not cell:
         return ""
     return with_interval(cell["value"], cell["ci"]) + (f" {UNFAIR}" if cell.get("A_tuned_run") is False else "")
@@ -191,10 +192,18 @@ def table_lines(rows):
     return ["| " + " | ".join([row[0], *[cell or "–" for cell in row[1:]]]) + " |" for row in rows]
 
 
+def columns_of(arm, lang):
+    """(the levels that have answers, and ALL where a ratio is told over several of them; their titles)."""
+    levels = [level for level in LEVELS if n_text(arm, level, lang)]
+    if len(levels) > 1 and any(lang in by_lang for by_lang in arm["pooled_ratios"].values()):
+        levels.append(ALL)
+    return levels, ["all levels" if level == ALL else f"level {level}" for level in levels]
+
+
 def arm_table(arm, lang):
     """Conditions and ratios as rows, levels as columns, and what each row tells."""
-    levels = [level for level in LEVELS if n_text(arm, level, lang)]
-    rows = [["", *[f"level {level}" for level in levels], "what it tells"], ["---"] * (len(levels) + 2),
+    levels, titles = columns_of(arm, lang)
+    rows = [["", *titles, "what it tells"], ["---"] * (len(levels) + 2),
             ["n", *[n_text(arm, level, lang) for level in levels], "probes (conversations)"]]
     for table, text in (("conditions", em_text), ("ratios", ratio_text)):
         rows += [[name, *[text(arm, name, level, lang) for level in levels], MEANINGS.get(name, "")]
@@ -245,8 +254,8 @@ def terminal(report):
 
 
 def arm_block(arm, lang):
-    levels = [level for level in LEVELS if n_text(arm, level, lang)]
-    rows = [("", [f"level {level}" for level in levels]),
+    levels, titles = columns_of(arm, lang)
+    rows = [("", titles),
             ("probes (conversations)", [n_text(arm, level, lang) for level in levels])]
     for table, text in (("conditions", em_text), ("ratios", ratio_text), ("tests", p_text)):
         rows += [(test_name(name) if table == "tests" else name, [text(arm, name, level, lang) for level in levels])

@@ -475,3 +475,18 @@ def test_bad_training_log_and_blocked_output(root, capsys):
     log = root / "adapters/a/train.jsonl"
     log.write_text(log.read_text() + '{"update": 201, "loss": NaN, "token_accuracy": 1}\n')
     assert refused(capsys, "adapters/a/train.jsonl line 201", "NaN")
+
+
+def test_a_swapped_memory_is_also_judged_over_all_levels(root):
+    rows = make_rows(0)
+    for row in rows:
+        if row["condition"] in ("B_swapped", "C_nothing"):  # right only on level 1, and only with the wrong memory
+            row["prediction"] = row["gold"] if (row["condition"], row["level"]) == ("B_swapped", 1) else "?"
+    make_run(root, rows=rows)
+    assert evaluate.main(["--quiet"]) == 0
+    arm = json.loads((root / "results" / "report.json").read_text(encoding="utf-8"))["arms"][0]
+    assert [arm["ratios"]["swapped_lift"][level]["en"]["value"] for level in "123"] == [1.0, 0.0, 0.0]
+    cell = arm["pooled_ratios"]["swapped_lift"]["en"]
+    assert (cell["value"], cell["n"], cell["samples"]) == (pytest.approx(1 / 3, abs=1e-6), 36, 12) and cell["ci"][0] > 0
+    line = next(line for line in (root / "RESULTS.md").read_text(encoding="utf-8").splitlines() if line.startswith("| swapped_lift"))
+    assert [text.split()[0] for text in line.split("|")[2:6]] == ["1.000", "0.000", "0.000", "0.333"]

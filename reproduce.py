@@ -1,0 +1,272 @@
+"""Train the reported arms again and ask them everything that is reported of them, on as many GPUs as there are.
+
+    python reproduce.py --list
+    python reproduce.py                                                  everything, on all GPUs, into ./reproduced
+    python reproduce.py --only qwen-deep-seed1,qwen-joint-seed1 --out .  these two, beside what the repository holds
+
+A row of ARMS is one arm and seed. Its training is one task and its questions another, each a chain of the scripts' own commands on one GPU;
+questions wait for their arm, a joint arm for the one it starts from, and training goes before questions. What is finished is not done twice, and a
+command that was cut off goes on where it was, so the same command continues an interrupted run. A command that fails ends what depends on it
+and nothing else. Each task's output goes to OUT/logs/TASK.log.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manifests import UserError, run_script
+from training_state import STATE
+
+HERE = Path(__file__).parent
+QWEN, GEMMA = ("--model", "qwen2.5-coder-0.5b"), ("--model", "gemma3-270m")
+TRAIN = ("--workers", "6", "--save-every", "150")
+JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
+ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
+MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"
+BY_HAND = ("--benchmark", "natural_v1.json")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One run of questions: the folder under results/, with {} for the row's name, the conditions, and what else is said."""
+
+    folder: str
+    conditions: str
+    more: tuple[str, ...] = ()
+
+
+SEED = (Ask("{}", ASKED),)
+FIRST = (*SEED, Ask("{}-more", MORE), Ask("natural/{}", "B_memory,B_swapped", BY_HAND))
+CEILING = (Ask("{}", "A_tuned"), Ask("natural/{}", "A_tuned", BY_HAND))
+BASE = (Ask("{}", "A_context,C_nothing,A_distractor"), Ask("natural/{}", "A_context,C_nothing", BY_HAND))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row: what is trained (nothing where `train` is None: a base), from which row's adapter it starts, and what it is asked."""
+
+    arm: str
+    asks: tuple[Ask, ...]
+    train: tuple[str, ...] | None = None
+    model: tuple[str, ...] = ()
+    seed: int = 0
+    start: str | None = None
+    prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
+    tuned: bool = False           # a LoRA that reads in context
+
+    @property
+    def name(self) -> str:
+        return self.arm + (f"-seed{self.seed}" if self.seed else "")
+
+    @property
+    def checkpoint(self) -> str:
+        return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
+
+
+def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
+    """An arm's seeds; the first one is asked `first`, every other SEED."""
+    return [Arm(arm, **({"asks": SEED} | (first if seed == numbers[0] else {})), train=train, model=model, seed=seed) for seed in numbers]
+
+
+def joint(arm: str, of: str, numbers, model=()) -> list[Arm]:
+    return [Arm(arm, SEED, (*TRAIN, *JOINT), model, seed, start=of + (f"-seed{seed}" if seed else "")) for seed in numbers]
+
+
+ARMS = {row.name: row for row in (
+    *seeds("qwen-deep", (0, 1, 2), (*TRAIN, "--updates", "3300"), QWEN, asks=FIRST, prose=("en", "zh")),
+    *seeds("smollm2-deep", (0, 2, 3), TRAIN, asks=FIRST, prose=("en",)),
+    Arm("gemma3-deep", FIRST, (*TRAIN, "--updates", "2400"), GEMMA, prose=("en", "zh")),
+    Arm("smollm2-tuned", CEILING, (*TRAIN, "--objective", "context"), tuned=True),
+    Arm("qwen-tuned", CEILING, (*TRAIN, "--objective", "context", "--updates", "1100"), QWEN, tuned=True),
+    Arm("gemma3-tuned", CEILING, (*TRAIN, "--objective", "context", "--updates", "1100"), GEMMA, tuned=True),
+    *joint("smollm2-joint", "smollm2-deep", (0, 2, 3)),
+    *joint("qwen-joint", "qwen-deep", (0, 1, 2), QWEN),
+    Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
+    Arm("smollm2-135m-base", BASE), Arm("qwen2.5-coder-0.5b-base", BASE, model=QWEN), Arm("gemma3-270m-base", BASE, model=GEMMA))}
+
+
+# ---- an arm as commands ----
+
+@dataclass
+class Task:
+    """Commands one after the other on one GPU, and the tasks that must have gone well before."""
+
+    name: str
+    commands: list[list[str]]
+    needs: list[str] = field(default_factory=list)
+
+
+def training(row: Arm, out: Path) -> list[list[str]]:
+    """The training command; none for a base, and none for an arm that is finished."""
+    folder = out / row.checkpoint
+    if row.train is None or (folder / "manifest.json").exists() and not (folder / STATE).exists():
+        return []
+    start = ("--start", str(out / ARMS[row.start].checkpoint)) if row.start else ()
+    return [["train_minimal.py", *row.model, *row.train, *start, "--arm", row.arm, "--seed", str(row.seed), "--out", str(folder.parent), "--resume"]]
+
+
+def questions(row: Arm, out: Path) -> list[list[str]]:
+    """The commands that ask what is not answered yet."""
+    adapter = () if row.train is None else ("--tuned-adapter" if row.tuned else "--adapter", str(out / row.checkpoint))
+    commands = []
+    for ask in row.asks:
+        folder = out / "results" / ask.folder.format(row.name)
+        if not answered(folder, ask.conditions):
+            commands.append(["run_experiment.py", *row.model, *adapter, *ask.more, "--conditions", ask.conditions, "--batch-size", "256",
+                             "--out", str(folder), "--resume"])
+    for lang in row.prose:
+        path = out / "results" / "harm" / f"{row.name}-{lang}.json"
+        if not path.exists():
+            commands.append(["harm.py", *row.model, *adapter, "--lang", lang, "--out", str(path)])
+    return commands
+
+
+def answered(folder: Path, conditions: str) -> bool:
+    path = folder / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return run.get("complete", False) and set(conditions.split(",")) <= set(run["conditions"])
+
+
+def tasks_of(names, out: Path) -> list[Task]:
+    """What is to be done for these rows, training before questions. UserError where a row starts from one that is neither named nor there."""
+    trainings, asked = [], []
+    for row in (ARMS[name] for name in names):
+        before = [f"train {row.start}"] if row.start in names else []
+        if row.start and not before and training(ARMS[row.start], out):
+            raise UserError(f"--only {row.name}: starts from {row.start}, which is not in {out}; name it too")
+        trainings.append(Task(f"train {row.name}", training(row, out), before))
+        asked.append(Task(f"ask {row.name}", questions(row, out), [f"train {row.name}"]))
+    return trainings + asked
+
+
+# ---- running them ----
+
+class Runner:
+    """Runs tasks on slots (one GPU each) until none is left; `running` are the processes of the moment, each in a session of its own, so
+    that Ctrl-C reaches them once, through `stop`."""
+
+    def __init__(self, slots: list[str], out: Path):
+        self.slots, self.out, self.running, self.stopped = slots, out, set(), False
+
+    def run(self, tasks: list[Task]) -> dict[str, str]:
+        """{task: "done", or what went wrong}."""
+        ended, waiting, busy, free = {}, list(tasks), {}, list(self.slots)
+        with ThreadPoolExecutor(len(self.slots)) as pool:
+            while waiting or busy:
+                for task in [task for task in waiting if all(need in ended for need in task.needs)]:
+                    lost = [need for need in task.needs if ended[need] != "done"]
+                    if lost or not task.commands:
+                        ended[task.name] = f"not begun: {lost[0]} failed" if lost else "done"
+                    elif free:
+                        slot = free.pop(0)
+                        busy[pool.submit(self.chain, task, slot)] = (task, slot)
+                    else:
+                        continue
+                    waiting.remove(task)
+                for future in self.next_ended(busy):
+                    task, slot = busy.pop(future)
+                    ended[task.name] = future.result()
+                    free.append(slot)
+                    print(f"{time.strftime('%H:%M:%S')}  {task.name}: {ended[task.name]}", flush=True)
+        return ended
+
+    @staticmethod
+    def next_ended(busy: dict[Future, tuple]) -> set[Future]:
+        return wait(busy, return_when=FIRST_COMPLETED).done if busy else set()
+
+    def chain(self, task: Task, slot: str) -> str:
+        """Run a task's commands; "done", or the command that failed and its last line."""
+        log = self.out / "logs" / f"{task.name.replace(' ', '-')}.log"
+        print(f"{time.strftime('%H:%M:%S')}  {task.name} on GPU {slot}: {log}", flush=True)
+        for command in task.commands:
+            if self.stopped:
+                return "stopped before it ended"
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"$ python {' '.join(command)}\n")
+                file.flush()
+                process = subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], stdout=file, stderr=subprocess.STDOUT,
+                                           start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": slot})
+                self.running.add(process)
+                if self.stopped:  # it was begun while all others were being stopped
+                    process.send_signal(signal.SIGINT)
+                code = process.wait()
+                self.running.discard(process)
+            if code:
+                last = (log.read_text(encoding="utf-8").splitlines() or [""])[-1]
+                return f"{command[0]} ended with {code}: {last}"
+        return "done"
+
+    def stop(self, *_) -> None:
+        """Ask every command to keep what it has and end; the tasks after them then end as failed."""
+        self.stopped = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT)
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, else the numbers of nvidia-smi's GPUs; none without a driver."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return []
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(ARMS), help="rows, comma-separated (default: all of --list)")
+    parser.add_argument("--gpus", help="GPUs to use, e.g. 0,1; a number twice runs two tasks on it (default: all that are visible)")
+    parser.add_argument("--out", default="reproduced", type=Path, help="where checkpoints/, results/ and logs/ lie (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print what there is to do, command by command, and end")
+    arguments = parser.parse_args()
+    arguments.only = list(dict.fromkeys(arguments.only.split(",")))
+    for name in arguments.only:
+        if name not in ARMS:
+            raise UserError(f"--only {name}: unknown; use some of {','.join(ARMS)}")
+    arguments.slots = arguments.gpus.split(",") if arguments.gpus else visible_gpus()
+    return arguments
+
+
+def on_benchmark(arguments) -> list[str]:
+    """What evaluate.py is told, so that it scores these rows' answers on the benchmark; nothing where they lie among the repository's own."""
+    if arguments.out.resolve() == HERE:
+        return []
+    results = arguments.out / "results"
+    return [*(str(results / ask.folder.format(name)) for name in arguments.only for ask in ARMS[name].asks if ask.more != BY_HAND), "--out", str(results)]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    tasks = tasks_of(arguments.only, arguments.out)
+    if arguments.list:
+        for task in tasks:
+            print(f"{task.name}{f' (after {task.needs[0]})' if task.needs else ''}{'' if task.commands else ': nothing to do'}")
+            print("".join(f"    python {' '.join(command)}\n" for command in task.commands), end="")
+        return
+    if not arguments.slots:
+        raise UserError("no GPU is visible; the reported arms take GPU minutes each and CPU days: run this on a GPU host, or name devices with --gpus")
+    (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
+    runner = Runner(arguments.slots, arguments.out)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, runner.stop)
+    ended = runner.run(tasks)
+    failed = {name: how for name, how in ended.items() if how != "done"}
+    print("\n".join(f"{name}: {how}" for name, how in failed.items()) or f"all done; next: python evaluate.py {' '.join(on_benchmark(arguments))}")
+    if runner.stopped:
+        print("stopped; what is there is kept, and the same command goes on from it", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    run_script(main)
