@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, strengthen
+from conftest import FAMILIES, hear_ctrl_c, strengthen
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -534,7 +534,8 @@ def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(kit, call, straight, tmp_pa
     """A real signal to a real process, and the run goes on from whatever it left."""
     model, adapter = kit("tiny-llama")
     argv = command(tmp_path / "out", "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED)
-    process = subprocess.Popen([sys.executable, "-c", SHORT, *argv[1:]], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SHORT, *argv[1:]], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=hear_ctrl_c)
     rows, deadline = tmp_path / "out/predictions.jsonl", time.time() + 90
     while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
