@@ -1,7 +1,10 @@
 """The Modal app, as far as it can be seen without an account: what the client resolves, and every body through .local()."""
 import ast
+import contextlib
+import io
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -270,7 +273,22 @@ def on_this_machine(tmp_path, monkeypatch):
     return tmp_path
 
 
+def in_this_process(folder, script, *arguments):
+    """modal_app.run_script without a process of its own: torch need not be loaded once more for every stage."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise RuntimeError(f"{script} stopped with exit code {stop.code}: {shown.getvalue()}") from None
+    return shown.getvalue().splitlines()
+
+
 def test_full_pipeline_through_local(on_this_machine, monkeypatch, capsys):
+    monkeypatch.setattr(modal_app, "run_script", in_this_process)  # the next test runs the scripts as processes
     real = modal_app.train_command  # with fewer conversations an update than the script's own 32, which the pipeline leaves alone
     monkeypatch.setattr(modal_app, "train_command", lambda *arguments: [*real(*arguments), "--conversations", 2, "--groups", "1,2", "--form", "plain"])
     monkeypatch.setattr(modal_app, "smoke", SimpleNamespace(local=lambda *arguments: record("smoke")))
@@ -296,6 +314,5 @@ def test_smoke_through_local(on_this_machine):
 
 
 def test_a_refused_option_names_the_script(on_this_machine):
-    (on_this_machine / modal_app.BENCHMARK).write_bytes((ROOT / modal_app.BENCHMARK).read_bytes())
-    with pytest.raises(RuntimeError, match=r"train_minimal\.py stopped with exit code 2: .*no-such-model"):
-        modal_app.train.local(model="no-such-model", arm="x", updates=1)
+    with pytest.raises(RuntimeError, match=r"evaluate\.py stopped with exit code 2: .*no-such-run"):
+        modal_app.evaluate.local("no-such-run", "B_memory")
