@@ -289,12 +289,12 @@ def test_figures_are_written_and_not_blank(drawn, langs, arms):
         assert_drawn(drawn / "results/figures" / name)
 
 
-def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
+def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(root):
     rows = make_rows(0, ["en"], {"B_memory": 0.9, "B_rank_16": 0.6, "B_rank_4": 0.1})
     sizes = {"B_memory": 5000, "B_rank_16": 3000, "B_rank_4": 800}
-    make_run(drawn, rows=[row | {"memory_bytes": sizes[row["condition"]], "tokens_written": 10} for row in rows], conditions=list(sizes), kv_bytes_per_token=700)
+    make_run(root, rows=[row | {"memory_bytes": sizes[row["condition"]], "tokens_written": 10} for row in rows], conditions=list(sizes), kv_bytes_per_token=700)
     assert score("--quiet") == 0
-    report = report_of(drawn)
+    report = report_of(root)
     assert report["arms"][0]["kv_bytes"] == {"en": 7000}
     *_, axes = evaluate.plots.memory_curves(report).axes
     (line,) = axes.containers
@@ -331,14 +331,14 @@ def test_figures_and_tables_do_not_depend_on_the_run(drawn):
     assert outputs[0] == outputs[1] and len(outputs[0]) > 6
 
 
-def test_merged_memories_are_drawn_by_the_facts_they_hold(drawn):
+def test_merged_memories_are_drawn_by_the_facts_they_hold(root):
     bench = benchmark_file.load_benchmark(evaluate.__file__.replace("evaluate.py", "benchmark_v1.json"))
     bench["samples"] = [sample for sample in bench["samples"] if sample["level"] == 1][:3]
-    (drawn / "benchmark_v1.json").write_text(json.dumps(bench), encoding="utf-8")
-    make_run(drawn, benchmark={"file": "benchmark_v1.json", "sha256": benchmark_file.sha256_of(drawn / "benchmark_v1.json")})
+    (root / "benchmark_v1.json").write_text(json.dumps(bench), encoding="utf-8")
+    make_run(root, benchmark={"file": "benchmark_v1.json", "sha256": benchmark_file.sha256_of(root / "benchmark_v1.json")})
     assert score("--quiet") == 0
     facts = sum(len(sample["facts"]) for sample in bench["samples"]) / 3
-    axes = evaluate.plots.memory_curves(report_of(drawn)).axes[0]
+    axes = evaluate.plots.memory_curves(report_of(root)).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [f"{n}\n({n * facts:.0f})" for n in (1, 2, 4, 8)]
 
 

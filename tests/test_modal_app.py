@@ -260,19 +260,6 @@ def test_pull_refuses_a_path_that_leaves_the_folder(tmp_path, monkeypatch):
 
 # ---- every body, with the scripts themselves -----------------------------------------------------------------------
 
-@pytest.fixture
-def on_this_machine(tmp_path, monkeypatch):
-    """The pipeline with `.local()` in the place of `.remote()`, in an empty folder and without a volume to pull from."""
-    def call_each(function, jobs):
-        return [function.local(*job) for job in jobs], []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(modal_app, "call", lambda function, *arguments: function.local(*arguments))
-    monkeypatch.setattr(modal_app, "call_each", call_each)
-    monkeypatch.setattr(modal_app, "pull", lambda folder: None)
-    return tmp_path
-
-
 def in_this_process(folder, script, *arguments):
     """modal_app.run_script without a process of its own: torch need not be loaded once more for every stage."""
     shown = io.StringIO()
@@ -287,8 +274,21 @@ def in_this_process(folder, script, *arguments):
     return shown.getvalue().splitlines()
 
 
+@pytest.fixture
+def on_this_machine(tmp_path, monkeypatch):
+    """The pipeline with `.local()` in the place of `.remote()`, its scripts in this process, in an empty folder and without a volume to pull from."""
+    def call_each(function, jobs):
+        return [function.local(*job) for job in jobs], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(modal_app, "call", lambda function, *arguments: function.local(*arguments))
+    monkeypatch.setattr(modal_app, "call_each", call_each)
+    monkeypatch.setattr(modal_app, "pull", lambda folder: None)
+    monkeypatch.setattr(modal_app, "run_script", in_this_process)
+    return tmp_path
+
+
 def test_full_pipeline_through_local(on_this_machine, monkeypatch, capsys):
-    monkeypatch.setattr(modal_app, "run_script", in_this_process)  # the next test runs the scripts as processes
     real = modal_app.train_command  # with fewer conversations an update than the script's own 32, which the pipeline leaves alone
     monkeypatch.setattr(modal_app, "train_command", lambda *arguments: [*real(*arguments), "--conversations", 2, "--groups", "1,2", "--form", "plain"])
     monkeypatch.setattr(modal_app, "smoke", SimpleNamespace(local=lambda *arguments: record("smoke")))
@@ -313,6 +313,8 @@ def test_smoke_through_local(on_this_machine):
     assert not any(on_this_machine.iterdir())  # it leaves nothing behind
 
 
-def test_a_refused_option_names_the_script(on_this_machine):
+def test_a_refused_option_names_the_script(tmp_path, monkeypatch):
+    """A stage's script as the process that it is on Modal."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match=r"evaluate\.py stopped with exit code 2: .*no-such-run"):
         modal_app.evaluate.local("no-such-run", "B_memory")
