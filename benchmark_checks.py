@@ -318,10 +318,10 @@ def _literals(flat, lang):
 
 
 class TemplateIndex:
-    """Flattened templates, to ask whether a flattened text could come out of one of them.
+    """Flattened templates, each with a word of its own, to ask whether a flattened text could come out of one of them.
 
     A template stands under that literal of its own which the fewest templates have. A text is matched with the templates under its
-    pieces alone, and of these only with those whose literals it all holds: one pattern of thousands is tried, not all.
+    pieces alone, and of these only with those whose literals it all holds: a few patterns are tried, not thousands.
     """
 
     def __init__(self, templates, lang):
