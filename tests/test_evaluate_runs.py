@@ -17,6 +17,7 @@ from intervals import RATIOS
 CONDITIONS = {"A_context": 0.9, "A_tuned": 0.95, "B_memory": 0.5, "C_nothing": 0.0, "B_swapped": 0.0,
               "D_distractor": 0.3, "B_merged_4": 0.2}
 ONLY = {"D_distractor": 3, "B_merged_4": 1}
+COARSE = 80    # dots an inch
 GOLD = {"en": "Bruno", "zh": "布鲁诺"}
 
 
@@ -59,8 +60,9 @@ def make_run(root, folder="first", rows=None, train=False, **changed):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """An empty project folder to run in, with a RESULTS.md."""
+    """An empty project folder to run in, with a RESULTS.md; figures are of fewer dots, which are drawn and looked at sooner."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.plots, "DPI", COARSE)
     (tmp_path / "RESULTS.md").write_text("# Results\r\n<!-- report:begin -->\nold\n<!-- report:end -->\ntail",
                                          encoding="utf-8", newline="")
     return tmp_path
@@ -269,7 +271,7 @@ def test_a_changed_benchmark_file_is_told(root, capsys):
 def assert_drawn(path):
     """A picture of a figure's size with data in it and a free border."""
     pixels = matplotlib.image.imread(path)[..., :3]
-    assert pixels.shape[0] > 400 and pixels.shape[1] > 700
+    assert pixels.shape[0] > 2.5 * COARSE and pixels.shape[1] > 4.5 * COARSE
     assert (pixels.min(axis=2) < 0.9).mean() > 0.01          # ink
     assert (np.ptp(pixels, axis=2) > 0.2).mean() > 0.0005     # in colour: the data, not only the axes
     edge = np.concatenate([pixels[:, :2].ravel(), pixels[:, -2:].ravel(), pixels[:2].ravel(), pixels[-2:].ravel()])
