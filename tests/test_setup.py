@@ -202,7 +202,7 @@ def test_the_demo_as_a_user_runs_it(tmp_path):
     shutil.copytree(ROOT / "data", tmp_path / "data")
     for arm in ("smollm2-deep", "smollm2-tuned"):
         shutil.copytree(ROOT / "checkpoints" / arm, tmp_path / "checkpoints" / arm)
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    program(tmp_path / ".venv/bin/python", f'[[ "$1 $2" == "-m pip" ]] || exec {sys.executable} "$@"')  # nothing is installed into it
     shown = subprocess.run(["bash", "setup.sh", "demo"], cwd=tmp_path, env={**os.environ, "DEMO_LIMIT": "1"},
                            stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr[-2000:]
