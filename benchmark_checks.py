@@ -281,10 +281,10 @@ def _training_bank():
 def check_bank(samples, content, bank, report):
     """No wording, name or passage of the benchmark comes out of the training bank."""
     for lang in LANGS:
-        templates = [flatten(template, lang) for template in bank.templates(lang)]
-        usable = sorted({t for t in templates if _tells_apart(t, lang)})
+        templates = [(asks(template), flatten(template, lang)) for template in bank.templates(lang)]
+        usable = {template for template in templates if _tells_apart(template[1], lang)}
         report.skipped[f"{lang} training templates too short to tell apart"] += len(templates) - len(usable)
-        _check_own_templates(content, lang, set(usable), report)
+        _check_own_templates(content, lang, {flat for _, flat in usable}, report)
         own = [sample for sample in samples if sample["lang"] == lang]
         _check_texts(own, lang, usable, report)
         _check_names(own, content, lang, bank, report)
@@ -295,9 +295,15 @@ def check_bank(samples, content, bank, report):
                           f"{sample['sample_id']}: the training passages hold '{(shared or [''])[0][:50]}'")
 
 
+def asks(text):
+    """Whether a template or sentence is a question: "When is Anna's birthday?" is no use of the statement "{v} is {s}'s birthday."."""
+    return text.rstrip(" \"'”’」』").endswith(("?", "？"))
+
+
 def flatten(template, lang):
     """A template or sentence for comparison: lower case, no punctuation, every slot an underscore."""
     text = SLOT.sub(" _ " if lang == "en" else "_", template).lower()
+    text = re.sub(r"['’]s\b", " s", text)  # "{s}'s" and "Anna's" are both an owner and an s
     text = re.sub(r"[^\w\s]", "", text.replace("-", " "))
     return " ".join(text.split()) if lang == "en" else "".join(text.split())
 
@@ -313,8 +319,8 @@ def _pieces(flat, lang):
 
 
 def _literals(flat, lang):
-    """What a flattened template says beside its slots; a text that fits has every one of these among its own pieces."""
-    return [piece for piece in _pieces(flat, lang) if piece != "_"]
+    """What a flattened template says beside its slots and the s of "Anna's"; a text that fits has every one of these among its own pieces."""
+    return [piece for piece in _pieces(flat, lang) if piece != "_" and (piece != "s" or lang == "zh")]
 
 
 class TemplateIndex:
@@ -358,17 +364,17 @@ def _check_own_templates(content, lang, bank_templates, report):
 
 
 def _check_texts(samples, lang, templates, report):
-    """Questions, stated facts and the sentences of the conversations, as rendered."""
-    index = TemplateIndex(templates, lang)
+    """Questions, stated facts and the sentences of the conversations, as rendered; questions are held against questions."""
+    index = {asked: TemplateIndex([flat for kind, flat in templates if kind == asked], lang) for asked in (True, False)}
     texts = {}
     for sample in samples:
         turns = [re.split("[:：]", line, maxsplit=1)[-1] for line in sample["conversation"].split("\n")]
         sentences = [s for turn in turns for s in SENTENCE_END.split(turn)] + [p["question"] for p in sample["probes"]]
         sentences += [_stated(sample, fact) for fact in sample["facts"] if "span" in fact]
         for sentence in sentences:
-            texts.setdefault(flatten(sentence, lang), sample["sample_id"])
-    for text, sample_id in texts.items():
-        report.expect(f"{lang} sentence or question fits no training template", not index.fits(text),
+            texts.setdefault((asks(sentence), flatten(sentence, lang)), sample["sample_id"])
+    for (asked, text), sample_id in texts.items():
+        report.expect(f"{lang} sentence or question fits no training template", not index[asked].fits(text),
                       f"{sample_id}: the training bank can say '{text}'")
 
 
