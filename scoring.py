@@ -104,7 +104,7 @@ class Off:
     """The base alone; model: what is called in place of the base, such as a compiled one."""
 
     def __init__(self, loaded: Loaded, plan: Plan, model=None):
-        self.loaded, self.plan, self.model = loaded, plan, model or loaded.model
+        self.loaded, self.plan, self.model = loaded, plan, loaded.model if model is None else model
         self.vocabulary, self.step = loaded.model.config.get_text_config().vocab_size, plan.stride
 
     def state(self) -> str:
@@ -217,7 +217,7 @@ class AdamW:
     def __post_init__(self):
         if self.chunk % self.plan.stride:
             raise ValueError(f"a chunk of {self.chunk} tokens with a stride of {self.plan.stride}; use a multiple of it")
-        self.model = self.model or self.loaded.model
+        self.model = self.loaded.model if self.model is None else self.model
         self.vocabulary, self.step = self.loaded.model.config.get_text_config().vocab_size, self.plan.stride
 
     state = Off.state

@@ -155,6 +155,8 @@ def prefix(documents: list[Document], each: int | None = None, whole: int | None
         text = cut(document.text, left)
         left -= len(text.encode("utf-8"))
         kept += [Document(document.name, text)] if text else []
+        if text != document.text:
+            break
     return kept
 
 
