@@ -93,11 +93,18 @@ def scored(start: int, logits_LV: torch.Tensor, ids: list[int]) -> Score:
     return Score(start, -cross_entropy(logits_LV.float(), targets_L, reduction="none").detach(), lambda: torch.log_softmax(logits_LV.detach().float(), -1))
 
 
-@torch.no_grad()
-def read_window(model, window: Window, ids: list[int], begin: int, device) -> torch.Tensor:
-    """Logits [n, V] that predict the window's tokens, from one plain call."""
+def predicted(model, window: Window, ids: list[int], begin: int, device) -> torch.Tensor:
+    """Logits [n, V] that predict the window's tokens, from one plain call. What to keep is told as a tensor: a number would be compiled in."""
     inputs = torch.tensor([window.inputs(ids, begin)], device=device)
-    return model(input_ids=inputs, use_cache=False, logits_to_keep=window.end - window.start).logits[0]
+    keep = torch.arange(window.start - window.end, 0, device=device) + inputs.shape[1]
+    return model(input_ids=inputs, use_cache=False, logits_to_keep=keep).logits[0]
+
+
+def plain_scores(model, plan: Plan, ids: list[int], windows: list[Window], device) -> Iterator[Score]:
+    for window in windows:
+        with torch.no_grad():
+            logits = predicted(model, window, ids, plan.begin, device)
+        yield scored(window.start, logits, ids)
 
 
 class Off:
@@ -112,8 +119,7 @@ class Off:
         return tensors_digest(dict(self.loaded.model.named_parameters()))
 
     def events(self, ids: list[int]) -> Iterator[Score | Update]:
-        for window in self.plan.windows(len(ids)):
-            yield scored(window.start, read_window(self.model, window, ids, self.plan.begin, self.loaded.device), ids)
+        yield from plain_scores(self.model, self.plan, ids, self.plan.windows(len(ids)), self.loaded.device)
 
 
 class InPlace:
@@ -231,8 +237,7 @@ class AdamW:
                 end = min(start + self.chunk, len(ids))
                 if self.forbidden:
                     yield self._learn(ids, start, end, optimizer, order)
-                for window in self.plan.windows(len(ids), start, end):
-                    yield scored(window.start, read_window(self.model, window, ids, self.plan.begin, self.loaded.device), ids)
+                yield from plain_scores(self.model, self.plan, ids, self.plan.windows(len(ids), start, end), self.loaded.device)
                 if not self.forbidden and end < len(ids):
                     yield self._learn(ids, start, end, optimizer, order)
         finally:
@@ -251,10 +256,9 @@ class AdamW:
         self._require_grad(True)
         for _ in range(self.epochs):
             for window in order.sample(sequences, len(sequences)):
-                inputs, targets = (torch.tensor(t, device=self.loaded.device) for t in (window.inputs(ids, self.plan.begin), ids[window.start:window.end]))
                 with torch.enable_grad():
-                    logits = self.model(input_ids=inputs[None], use_cache=False, logits_to_keep=len(targets)).logits[0]
-                    loss = cross_entropy(logits.float(), targets)
+                    logits = predicted(self.model, window, ids, self.plan.begin, self.loaded.device)
+                    loss = cross_entropy(logits.float(), torch.tensor(ids[window.start:window.end], device=self.loaded.device))
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.train.values(), CLIP)
                 optimizer.step()
