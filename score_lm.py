@@ -256,7 +256,8 @@ def parse_arguments() -> argparse.Namespace:
 def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     """Defaults put in, lists read; UserError for what cannot be."""
     for name, value in (SCORING if arguments.audit is None else AUDITING).items():
-        setattr(arguments, name, getattr(arguments, name) or value)
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     for name in ("window", "stride", "piece", "chunk", "bytes", "document_bytes", "audit_tokens", "audit_probes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

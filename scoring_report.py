@@ -137,7 +137,7 @@ def against_text(found: dict | None) -> str:
 
 
 def table(run: dict) -> list[str]:
-    rows = [["", "bits per byte", "seeds", "gain over TTT off", "gap forbidden to legal", "seconds"], ["---"] * 6]
+    rows = [["", "bits per byte", "seeds", "gain over TTT off", "gain of forbidden over legal", "seconds"], ["---"] * 6]
     for cell in run["summary"]:
         sd = f" ± {cell['sd']:.4f}" if cell["sd"] is not None else ""
         seeds = ", ".join(map(str, cell["by_seed"])) if cell["sd"] is not None or cell["rule"] == "adamw" else "deterministic"
