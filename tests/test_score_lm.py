@@ -229,6 +229,14 @@ def test_the_artefact_is_what_lies_there(tmp_path):
 
 # ---- the command ----
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of 12 documents of 90 bytes."""
+    path = tmp_path_factory.mktemp("text") / "t.jsonl"
+    path.write_text("".join(json.dumps(f"Document {i} says {'abcdefghijkl'[i] * 9} and nothing else. " * 3)[:91] + '"\n' for i in range(12)), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def call(run_main):
     return lambda *arguments: run_main(score_lm.main, ["score_lm.py", "--model", "tiny-llama", "--device", "cpu", *arguments])
@@ -247,14 +255,14 @@ def checkpoint(tmp_path):
     return save
 
 
-def test_the_command_scores_and_writes_its_block(call, checkpoint, tmp_path):
-    common = ("--text", "distractors", "--document-bytes", 60, "--bytes", 600, "--window", 32, "--stride", 16)
+def test_the_command_scores_and_writes_its_block(call, checkpoint, text, tmp_path):
+    common = ("--text", text, "--document-bytes", 60, "--bytes", 480, "--window", 32, "--stride", 16)
     code, out, err = call(*common, "--adapter", checkpoint(), "--piece", 8, "--budget", 100, "--out", tmp_path / "runs" / "in-place")
     assert code == 0, err
-    assert "paired over 10 documents" in out.lower() and "over the budget of 100" in out and "deterministic" in out
+    assert "paired over 8 documents" in out.lower() and "over the budget of 100" in out and "deterministic" in out
     run = json.loads((tmp_path / "runs" / "in-place" / "score.json").read_text(encoding="utf-8"))
-    assert run["complete"] and run["text"]["bytes"] == 600 and len(run["rows"]) == 3 * 10 and run["base"]["before"] == run["base"]["after"]
-    assert call(*common, "--train", "norms", "--chunk", 32, "--epochs", "1,2", "--seeds", "0,1", "--lr", 0.01, "--out", tmp_path / "runs" / "adamw")[0] == 0
+    assert run["complete"] and run["text"]["bytes"] == 480 and len(run["rows"]) == 3 * 8 and run["base"]["before"] == run["base"]["after"]
+    assert call(*common, "--train", "norms", "--chunk", 32, "--epochs", "2", "--seeds", "0,1", "--lr", 0.01, "--out", tmp_path / "runs" / "adamw")[0] == 0
     (tmp_path / "R.md").write_text("before\n<!-- score:begin -->\nold\n<!-- score:end -->\nafter\n", encoding="utf-8")
     code, _, err = call("--report", "--runs", tmp_path / "runs", "--results-md", tmp_path / "R.md")
     text = (tmp_path / "R.md").read_text(encoding="utf-8")
@@ -262,8 +270,8 @@ def test_the_command_scores_and_writes_its_block(call, checkpoint, tmp_path):
     assert "AdamW, 2 epochs, **forbidden**" in text and "± " in text
 
 
-def test_the_command_audits(call, checkpoint, tmp_path, monkeypatch):
-    small = ("--audit-tokens", 24, "--audit-probes", 3, "--window", 12, "--stride", 8, "--piece", 4)
+def test_the_command_audits(call, checkpoint, text, tmp_path, monkeypatch):
+    small = ("--text", text, "--audit-tokens", 24, "--audit-probes", 3, "--window", 12, "--stride", 8, "--piece", 4)
     code, out, _ = call("--audit", *small, "--adapter", checkpoint())
     assert code == 0 and out.count("pass  causal") == 2 and "FAIL" not in out
     code, out, _ = call("--audit", *small, "--adapter", tmp_path / "a", "--modes", "forbidden")
@@ -285,13 +293,13 @@ def test_a_text_can_be_taken_elsewhere(call, tmp_path):
     (("--out", "x", "--modes", "of"), "use off, legal, forbidden"), (("--out", "x", "--epochs", "1,1"), "--epochs 1,1: write different whole numbers from 1 on"), (("--out", "x", "--window", "0"), "use 1 or more"),
     (("--out", "x", "--stride", "99", "--window", "9"), "a stride of 99 in a window of 9"), (("--out", "x", "--train", "everything"), "unknown; use norms"), (("--out", "x", "--train", "down:9"), "has layers 0 to 3"),
     (("--out", "x", "--text", "none.txt"), "no such file"), (("--out", "x", "--window", "99999", "--stride", "9"), "the model's window is"), (("--report", "--results-md", "none.md"), "none.md")])
-def test_what_cannot_be_is_said_in_one_line(call, tmp_path, monkeypatch, arguments, says):
+def test_what_cannot_be_is_said_in_one_line(call, text, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(*arguments)
+    code, _, err = call("--text", text, *arguments)
     assert code == 2 and says in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_pieces_that_cut_a_chunk_are_refused(call, checkpoint, tmp_path):
-    assert "pieces of 6 and a stride of 16 tokens for an arm that writes chunks of 4" in call("--text", "distractors", "--bytes", 60, "--adapter", checkpoint(), "--piece", 6, "--window", 16, "--stride", 16,
+def test_pieces_that_cut_a_chunk_are_refused(call, checkpoint, text, tmp_path):
+    assert "pieces of 6 and a stride of 16 tokens for an arm that writes chunks of 4" in call("--text", text, "--bytes", 60, "--adapter", checkpoint(), "--piece", 6, "--window", 16, "--stride", 16,
                                                                                               "--out", tmp_path / "o")[2]
-    assert "a joint arm has a LoRA on its base" in call("--adapter", checkpoint(frozen=False), "--out", tmp_path / "o")[2]
+    assert "a joint arm has a LoRA on its base" in call("--text", text, "--adapter", checkpoint(frozen=False), "--out", tmp_path / "o")[2]
