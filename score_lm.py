@@ -36,13 +36,13 @@ from model_utils import Loaded, find_row, load_adapter, load_model, parse_layers
 from scoring import AdamW, InPlace, Off, Plan, start_token
 from scoring_texts import BUILTIN, Document, Tokens, digest_of, prefix, read_documents, tokenise
 
-STRETCH = 512  # tokens of the parts of a document that are kept apart in a row, for pairing where documents are few
+STRETCH, STRETCHES = 128, 64  # where documents are few, a row keeps stretches of its document apart, for pairing: of so many tokens at least, so many at most
 
 
 # ---- scoring ----
 
-def score_document(scorer, tokens: Tokens) -> dict:
-    """One row: tokens, the bytes they stand for, the bits they cost, in all and by stretches. Each token is scored once, or RuntimeError."""
+def score_document(scorer, tokens: Tokens, stretches: bool = False) -> dict:
+    """One row: tokens, the bytes they stand for, the bits they cost, in all and where asked for by stretches. Each token is scored once, or RuntimeError."""
     started, nats = time.perf_counter(), []
     for event in scorer.events(tokens.ids):
         if hasattr(event, "realised"):
@@ -52,7 +52,8 @@ def score_document(scorer, tokens: Tokens) -> dict:
     if len(nats) != len(tokens.ids):
         raise RuntimeError(f"{tokens.name}: {len(nats)} of {len(tokens.ids)} tokens are scored")
     bits = [value / math.log(2) for value in nats]
-    parts = [slice(start, start + STRETCH) for start in range(0, len(bits), STRETCH)]
+    length = max(STRETCH, -(-len(bits) // STRETCHES))
+    parts = [slice(start, start + length) for start in range(0, len(bits), length)] if stretches else []
     return {"document": tokens.name, "tokens": len(bits), "bytes": sum(tokens.nbytes), "bits": round(sum(bits), 3),
             "seconds": round(time.perf_counter() - started, 3), "blocks": [[len(bits[p]), sum(tokens.nbytes[p]), round(sum(bits[p]), 3)] for p in parts]}
 
@@ -115,7 +116,7 @@ def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, docum
             score_document(scorer, documents[0])
             compiling += time.perf_counter() - started
         title = " ".join(str(value) for name, value in what.items() if value is not None and name != "compiled")
-        rows += [what | score_document(scorer, tokens) for tokens in tqdm(documents, desc=title, unit="document")]
+        rows += [what | score_document(scorer, tokens, len(documents) < scoring_report.FEWEST) for tokens in tqdm(documents, desc=title, unit="document")]
         if base_digest(loaded) != before:
             raise RuntimeError(f"{what}: the base's parameters are not what they were before")
         keep(rows)

@@ -150,7 +150,7 @@ def run_lines(name: str, run: dict) -> list[str]:
     text, plan = run["text"], run["plan"]
     units_of = next((cell["against_off"] for cell in run["summary"] if cell["against_off"]), None)
     lines = [f"**{name}**: {run['model']}" + (f" with {run['arm']}" if run["arm"] else "") + ("" if run["complete"] else " (partial)")
-             + f". {text['name']} (SHA-256 {text['sha256'][:12]}), {text['documents']} documents, {text['tokens']:,} tokens, {text['bytes']:,} bytes"
+             + f". {text['name']} (SHA-256 {text['sha256'][:12]}), {text['documents']} document{'s' * (text['documents'] != 1)}, {text['tokens']:,} tokens, {text['bytes']:,} bytes"
              + (f" ({text['prefix']})" if text["prefix"] else "") + f". Windows of {plan['window']} tokens, stride {plan['stride']}: attention sees {plan['window'] - plan['stride'] + 1} "
              f"to {plan['window']} tokens before a token, fewer at a document's beginning. " + run["learns"], "", *table(run), ""]
     if units_of:
@@ -160,7 +160,7 @@ def run_lines(name: str, run: dict) -> list[str]:
         verdict = epochs_verdict(run["summary"], mode)
         lines += [f"- Epochs, {MODES[mode]}: {verdict}."] if verdict else []
     lines += [f"- Compiled, {way_text(cell | {'compiled': False})}: {cell['seconds_plain']:.1f} s not compiled, {cell['seconds_compiled']:.1f} s compiled (x{cell['seconds_plain'] / cell['seconds_compiled']:.2f}, "
-              f"without the {run['compile_seconds']:.0f} s of compiling); a document's bits per token differ by at most {cell['difference']:.1e}." for cell in run["compile"]]
+              f"without the {run['compile_seconds']:.0f} s of compiling); a document's bits per token differ by at most {cell['difference']:.1e} (bits are kept to 0.001 a document)." for cell in run["compile"]]
     lines += [f"- {artefact_line(run['artefact'])}", f"- The base's parameters before and after: SHA-256 {run['base']['before'][:12]}, {run['base']['after'][:12]}.",
               f"- Commit {run['commit']}, {run['device']}, " + ", ".join(f"{n} {v}" for n, v in sorted(run["versions"].items())) + f": `{run['command']}`"]
     return lines

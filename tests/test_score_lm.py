@@ -202,6 +202,14 @@ def test_seeds_are_replicates_and_not_more_documents():
     assert told["by_seed"] == {0: pytest.approx(1.945), 1: pytest.approx(1.935), 2: pytest.approx(1.925)} and told["sd"] == pytest.approx(0.01) and told["against_off"]["n"] == 10
 
 
+def test_stretches_are_whole_and_not_many(llama):
+    ids, nbytes = IDS * 200, list(range(1, 51)) * 200
+    row = score_lm.score_document(Off(llama, Plan(512, 512, 256)), Tokens("d", ids, nbytes), stretches=True)
+    tokens, sizes, bits = zip(*row["blocks"])
+    assert len(tokens) == 64 and sum(tokens) == 10_000 and sum(sizes) == row["bytes"] == sum(nbytes) and sum(bits) == pytest.approx(row["bits"], abs=0.1)
+    assert [block[0] for block in score_lm.score_document(Off(llama, Plan(512, 512, 256)), Tokens("d", ids[:200], nbytes[:200]), stretches=True)["blocks"]] == [128, 72]
+
+
 def test_few_documents_are_paired_by_stretches():
     found = scoring_report.summary(OFF[:2] + rows_of([1, 2]))[1]["against_off"]
     assert (found["n"], found["unit"]) == (4, "stretches") and found["gain"] == pytest.approx(3 / 200)
