@@ -155,7 +155,8 @@ def run_lines(name: str, run: dict) -> list[str]:
              f"to {plan['window']} tokens before a token, fewer at a document's beginning. " + run["learns"], "", *table(run), ""]
     if units_of:
         lines.append(f"- Paired over {units_of['n']} {units_of['unit']}: 95% bootstrap interval, Wilcoxon's signed-rank test"
-                     + (" (neighbouring stretches are not independent)" if units_of["unit"] == "stretches" else "") + ". ± is the standard deviation over seeds.")
+                     + (" (neighbouring stretches are not independent)" if units_of["unit"] == "stretches" else "")
+                     + (f"; so few cannot give a p below {2 ** (1 - units_of['n']):g}, and their intervals say little" if units_of["n"] < 6 else "") + ". ± is the standard deviation over seeds.")
     for mode in ("legal", "forbidden"):
         verdict = epochs_verdict(run["summary"], mode)
         lines += [f"- Epochs, {MODES[mode]}: {verdict}."] if verdict else []

@@ -235,6 +235,13 @@ def test_the_artefact_is_what_lies_there(tmp_path):
     assert scoring_report.artefact(None, 7, found["compressed"])["fits"] is True and "not counted" in scoring_report.artefact_line(found)
 
 
+def test_a_report_says_where_pairs_are_too_few():
+    run = {"text": {"name": "t", "sha256": "0" * 64, "documents": 2, "tokens": 80, "bytes": 200, "prefix": ""}, "plan": {"window": 8, "stride": 8}, "model": "m", "arm": None, "complete": True, "learns": "L.",
+           "artefact": scoring_report.artefact(None, 7, None), "base": {"before": "a", "after": "a"}, "commit": "c", "device": "cpu", "versions": {}, "command": "x", "compile": []}
+    said = [" ".join(scoring_report.run_lines("n", run | {"summary": scoring_report.summary(rows)})) for rows in (OFF[:2] + rows_of([1, 2]), OFF + rows_of(range(10)))]
+    assert "so few cannot give a p below 0.125" in said[0] and "so few" not in said[1] and "Paired over 10 documents" in said[1]
+
+
 # ---- the command ----
 
 @pytest.fixture(scope="module")
