@@ -1,8 +1,8 @@
 """The experiment on Modal: one image, two volumes, one function a stage, and a pipeline there that calls them in order.
 
-    modal run modal_app.py                        the whole pipeline on Qwen3-8B; nothing needs to be given
+    modal run modal_app.py::full_pipeline         the whole pipeline on Qwen3-8B; nothing needs to be given
     modal run modal_app.py::full_pipeline --model qwen3-0.6b --gpu L4 --limit 10
-    modal run --detach modal_app.py               goes on when this terminal goes away; afterwards
+    modal run --detach modal_app.py::full_pipeline    goes on when this terminal goes away; afterwards
     modal run modal_app.py::collect --run qwen3-8b-recall
     modal run modal_app.py::smoke                 the same pipeline on a tiny random model: minutes, cents
 
@@ -124,13 +124,13 @@ def preflight(conditions: str = CONDITIONS, langs: str = ""):
 
 
 @app.function(timeout=12 * 60 * MINUTES, retries=RETRIES, **ON_GPU)
-def train(model: str = "qwen3-8b", objective: str = "recall", arm: str = "qwen3-8b-recall", updates: int = 0, seed: int = 0, conversations: int = 0):
+def train(model: str = "qwen3-8b", objective: str = "recall", arm: str = "qwen3-8b-recall", updates: int = 0, seed: int = 0, training: str = ""):
     """Train one arm into checkpoints/ARM on the volume; a preempted or retried training goes on from what is there."""
     reload_runs()
-    return run_stage(stages.train_stage(model, objective, arm, updates, seed, conversations), GPU_STAGE)
+    return run_stage(stages.train_stage(model, objective, arm, updates, seed, training), GPU_STAGE)
 
 
-@app.function(timeout=60 * MINUTES, retries=RETRIES, **ON_GPU)
+@app.function(timeout=60 * MINUTES, **ON_GPU)
 def sanity(model: str = "qwen3-8b", arm: str = "qwen3-8b-recall"):
     """The gate before the conditions: an adapter that leaks, or that changes the untouched base, is not worth scoring."""
     reload_runs()
@@ -182,15 +182,15 @@ def once(function, stage_of, *jobs):
         raise RuntimeError("; ".join(errors))
 
 
-def in_order(model, gpu, updates, limit, conditions, langs, seed, run, plan, secret, conversations):
+def in_order(model, gpu, updates, limit, conditions, langs, seed, run, plan, secret, training):
     """The records of all stages, as a generator, so that the cost of a run that fails is known too."""
     tuned_arm, tiny = f"{run}-tuned", model.startswith("tiny-")
     yield from once(build, stages.build_stage, ())
     if not tiny:  # a tiny model has no weights to fetch, and is itself what shows whether the scripts run
         yield from once(chosen(preflight, gpu), stages.preflight_stage, (",".join(conditions), langs))
         yield from once(chosen(weights, "", secret), stages.weights_stage, (model,))
-    arms = [(model, "recall", run, updates, seed, conversations)]
-    arms += [(model, "context", tuned_arm, updates, seed, conversations)] if "A_tuned" in conditions else []
+    arms = [(model, "recall", run, updates, seed, training)]
+    arms += [(model, "context", tuned_arm, updates, seed, training)] if "A_tuned" in conditions else []
     yield from once(chosen(train, gpu, secret), stages.train_stage, *arms)
     yield from once(chosen(sanity, gpu, secret), stages.sanity_stage, (model, run))
     yield from once(chosen(run_condition, gpu, secret), stages.condition_stage, *((*shard, model, run, tuned_arm, run, limit) for shard in plan))
@@ -199,13 +199,13 @@ def in_order(model, gpu, updates, limit, conditions, langs, seed, run, plan, sec
 
 # The one function that must live through the whole run: a preempted one would call stages that are still running.
 @app.function(timeout=24 * 60 * MINUTES, nonpreemptible=True, **CPU_STAGE, **SHARED)
-def pipeline(model, gpu, updates, limit, conditions, langs, seed, run, shards, secret, conversations):
+def pipeline(model, gpu, updates, limit, conditions, langs, seed, run, shards, secret, training):
     """All stages; what came of it, which is also results/RUN/pipeline.json: {"records", "folders", "error"}."""
     start, records, folders, error = time.perf_counter(), [], [], ""
     try:
         plan = stages.plan_shards(model, conditions, langs, shards)
         folders = [shard_folder(run, *shard) for shard in plan]
-        for record in in_order(model, gpu, updates, limit, conditions, langs, seed, run, plan, secret, conversations):
+        for record in in_order(model, gpu, updates, limit, conditions, langs, seed, run, plan, secret, training):
             records.append(record)
     except (UserError, RuntimeError, modal.exception.Error) as failed:  # told to the caller beside what was paid for
         error = str(failed)
@@ -284,14 +284,14 @@ def bring(outcome, run):
         print("", stages.cost_table(outcome["records"]), sep="\n")
 
 
-def start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secret, conversations):
+def start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secret, training):
     """Check the options, start the pipeline on Modal, wait for it and bring its results."""
     gpu, wanted = parse_gpu(gpu), parse_names("--conditions", conditions)
     langs = ",".join(parse_names("--langs", langs)) if langs else ""
     run = parse_run(run or f"{model.strip('/').replace('/', '-')}-recall")
-    for option, number in (("--updates", updates), ("--limit", limit), ("--conversations", conversations), ("--shards", shards - 1)):
-        parse_count(option, number, 0)
-    started = chosen(pipeline, "", secret).spawn(model, gpu, updates, limit, wanted, langs, seed, run, shards, secret, conversations)
+    for option, number, least in (("--updates", updates, 0), ("--limit", limit, 0), ("--shards", shards, 1)):
+        parse_count(option, number, least)
+    started = chosen(pipeline, "", secret).spawn(model, gpu, updates, limit, wanted, langs, seed, run, shards, secret, training)
     print(f"Started. Should this terminal go away: after `modal run --detach` the run goes on, and `modal run modal_app.py::collect --run {run}`\n"
           "brings its results; otherwise it stops, and the same command goes on from what is finished.", flush=True)
     bring(started.get(), run)
@@ -299,21 +299,22 @@ def start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secr
 
 @app.local_entrypoint()
 def full_pipeline(model: str = "qwen3-8b", gpu: str = "", updates: int = 0, limit: int = 0, conditions: str = CONDITIONS, langs: str = "",
-                  seed: int = 0, run: str = "", shards: int = 2, secret: str = "", conversations: int = 0):
+                  seed: int = 0, run: str = "", shards: int = 2, secret: str = "", training: str = ""):
     """Build, preflight, weights, train, sanity gate, conditions side by side, evaluate; results come to ./results, costs are printed.
 
-    --gpu one GPU type (default: the first free of a list); --updates of training and --conversations an update (0: train_minimal.py's defaults);
+    --gpu one GPU type (default: the first free of a list); --updates of training (0: train_minimal.py's default) and --training
+    "OPTIONS" for it beside those, such as "--conversations 8";
     --limit conversations a level and language (0: all); --langs en,zh (default: what the model speaks); --shards containers a condition, at most
     one a level and language; --secret a secret of your Modal account that holds HF_TOKEN, for a gated model; --run a name for the run and its
     adapter (default: MODEL-recall).
     """
-    start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secret, conversations)
+    start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secret, training)
 
 
 @app.local_entrypoint()
 def smoke(conditions: str = CONDITIONS, langs: str = "", gpu: str = "L4", shards: int = 2):
     """The pipeline on a tiny random model with two updates and one conversation a level: results/smoke."""
-    start("tiny-llama", gpu, 2, 1, conditions, langs, 0, "smoke", shards, "", 4)
+    start("tiny-llama", gpu, 2, 1, conditions, langs, 0, "smoke", shards, "", stages.SMALL)
 
 
 @app.local_entrypoint()

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from manifests import UserError, file_sha256, write_json
 
 BENCHMARK = "benchmark_v1.json"
+SMALL = "--conversations 4 --form plain"  # training that shows whether the scripts run, and no more
 KEPT = "stages"    # folder of the records, one file each: two writers never share one
 LAST_LINES = 200   # of a stage's output that its record keeps
 
@@ -93,11 +95,10 @@ def experiment_command(model, arm, tuned_arm, conditions, levels, langs, limit, 
     return command + (["--limit", limit] if limit else [])
 
 
-def train_command(model, objective, arm, updates, seed, conversations):
-    """The command line of train_minimal.py; 0 updates or conversations leave the number to the script's own default."""
+def train_command(model, objective, arm, updates, seed, training):
+    """The command line of train_minimal.py; 0 updates leave the number to the script's own default. training: more of its options, as one text."""
     command = ["train_minimal.py", "--model", model, "--objective", objective, "--arm", arm, "--seed", seed, "--resume"]
-    command += ["--updates", updates] if updates else []
-    return command + (["--conversations", conversations] if conversations else [])
+    return command + (["--updates", updates] if updates else []) + shlex.split(training)
 
 
 def build_stage():
@@ -109,14 +110,14 @@ def weights_stage(model):
 
 
 def preflight_stage(conditions, langs):
-    tuned = [train_command("tiny-llama", "context", "tiny-tuned", 2, 0, 4)] if "A_tuned" in conditions.split(",") else []
-    return Stage("preflight", (("sanity.py", "--tiny"), train_command("tiny-llama", "recall", "tiny-recall", 2, 0, 4), *tuned,
+    tuned = [train_command("tiny-llama", "context", "tiny-tuned", 2, 0, SMALL)] if "A_tuned" in conditions.split(",") else []
+    return Stage("preflight", (("sanity.py", "--tiny"), train_command("tiny-llama", "recall", "tiny-recall", 2, 0, SMALL), *tuned,
                                experiment_command("tiny-llama", "tiny-recall", "tiny-tuned", conditions, "", langs, 1, "results/tiny"),
                                ("evaluate.py", "results/tiny", "--out", "results/tiny")))
 
 
-def train_stage(model, objective, arm, updates, seed, conversations):
-    return Stage(f"train {arm}", (train_command(model, objective, arm, updates, seed, conversations),), makes=(f"checkpoints/{arm}",))
+def train_stage(model, objective, arm, updates, seed, training):
+    return Stage(f"train {arm}", (train_command(model, objective, arm, updates, seed, training),), makes=(f"checkpoints/{arm}",))
 
 
 def sanity_stage(model, arm):

@@ -23,6 +23,7 @@ from google.protobuf.empty_pb2 import Empty
 from grpclib.server import Server
 from modal._serialization import deserialize_data_format
 from modal._utils.grpc_testing import patch_mock_servicer
+from modal._utils.jwt_utils import DecodedJwt
 from modal_proto import api_pb2
 from modal_proto.api_grpc import ModalClientBase
 
@@ -54,6 +55,7 @@ class Container:
     process: subprocess.Popen | None = None
     seen: dict = field(default_factory=dict)     # volume id -> {path: stat} as of the last look at what is committed
     volumes: dict = field(default_factory=dict)  # volume id -> folder
+    environment: dict = field(default_factory=dict)
     given: bool = False
     answered: bool = False
 
@@ -280,15 +282,18 @@ class Servicer(ModalClientBase):
             input_id = self.keep("in", call_id)
             call.inputs[input_id] = (item.idx, item.input)
             self.start(call, input_id)
-            told.append(api_pb2.FunctionPutInputsResponseItem(idx=item.idx, input_id=input_id, input_jwt=input_id))
+            told.append(api_pb2.FunctionPutInputsResponseItem(idx=item.idx, input_id=input_id, input_jwt=self.ticket(call, input_id)))
         return told
+
+    def ticket(self, call, input_id):
+        return DecodedJwt.encode_without_signature({"idx": call.inputs[input_id][0], "input": input_id})
 
     async def FunctionRetryInputs(self, stream):
         """The caller's own retries, after an error that its function raised."""
         request = await stream.recv_message()
         call = self.created[request.function_call_jwt]
         for item in request.inputs:
-            self.start(call, item.input_jwt, item.retry_count or 1)
+            self.start(call, DecodedJwt.decode_without_verification(item.input_jwt).payload["input"], item.retry_count or 1)
         await stream.send_message(api_pb2.FunctionRetryInputsResponse(input_jwts=[item.input_jwt for item in request.inputs]))
 
     async def FunctionGetOutputs(self, stream):
@@ -319,11 +324,11 @@ class Servicer(ModalClientBase):
         view = copy.copy(self)
         view.container = container
         socket, server = container.root / "socket", Server([view])
-        environment = self.lay_out(container, function, app_id)
+        container.environment = self.lay_out(container, function, app_id)
         await server.start(path=str(socket))
         container.process = subprocess.Popen(
             [sys.executable, "-m", "modal._container_entrypoint"], cwd=container.root / "root", start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environment | {"MODAL_SERVER_URL": f"unix://{socket}"})
+            env=container.environment | {"MODAL_SERVER_URL": f"unix://{socket}"})
         watch = asyncio.create_task(self.watch(container, function))
         await asyncio.to_thread(self.pass_on, container, self.logs[app_id], asyncio.get_running_loop())
         watch.cancel()
