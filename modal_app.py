@@ -292,9 +292,15 @@ def start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secr
     for option, number, least in (("--updates", updates, 0), ("--limit", limit, 0), ("--shards", shards, 1)):
         parse_count(option, number, least)
     started = chosen(pipeline, "", secret).spawn(model, gpu, updates, limit, wanted, langs, seed, run, shards, secret, training)
-    print(f"Started. Should this terminal go away: after `modal run --detach` the run goes on, and `modal run modal_app.py::collect --run {run}`\n"
-          "brings its results; otherwise it stops, and the same command goes on from what is finished.", flush=True)
-    bring(started.get(), run)
+    print(f"Started. After `modal run --detach` it goes on without this terminal, and `modal run modal_app.py::collect --run {run}` brings its results;\n"
+          "else it ends with it, and the same command goes on from what is finished.", flush=True)
+    try:
+        outcome = started.get()
+    except (KeyboardInterrupt, modal.exception.ConnectionError):
+        print(f"\nleft before the end of {run}: what is finished is kept on the volume; go on with the same command, or after --detach with\n"
+              f"  modal run modal_app.py::collect --run {run}", file=sys.stderr)
+        raise
+    bring(outcome, run)
 
 
 @app.local_entrypoint()

@@ -44,7 +44,7 @@ class Call:
 
 @dataclass
 class Container:
-    """One process and the input it was started for; retries: how many had the same input before."""
+    """One process and the input it was started for; retries: how often its caller asked again after an error; kills: how many had this input and were killed."""
 
     function: str
     arguments: tuple
@@ -52,6 +52,7 @@ class Container:
     call: Call
     input_id: str
     retries: int
+    kills: int = 0
     process: subprocess.Popen | None = None
     seen: dict = field(default_factory=dict)     # volume id -> {path: stat} as of the last look at what is committed
     volumes: dict = field(default_factory=dict)  # volume id -> folder
@@ -310,10 +311,10 @@ class Servicer(ModalClientBase):
 
     # ---- containers ----
 
-    def start(self, call, input_id, retries=0):
+    def start(self, call, input_id, retries=0, kills=0):
         function, item = self.created[call.function_id], call.inputs[input_id][1]
         positional, named = deserialize_data_format(item.args, item.data_format, None)
-        container = Container(function.function_name, (*positional, *named.values()), self.root / f"container-{len(self.containers)}", call, input_id, retries)
+        container = Container(function.function_name, (*positional, *named.values()), self.root / f"container-{len(self.containers)}", call, input_id, retries, kills)
         self.containers.append(container)
         task = asyncio.get_running_loop().create_task(self.live(container, function))
         self.tasks.add(task)
@@ -334,7 +335,7 @@ class Servicer(ModalClientBase):
         watch.cancel()
         server.close()
         if container.process.returncode < 0 and not container.answered and self.apps:
-            self.start(container.call, container.input_id, container.retries + 1)
+            self.start(container.call, container.input_id, container.retries, container.kills + 1)
 
     async def watch(self, container, function):
         while not (self.kill_when and self.kill_when(container)):
@@ -435,7 +436,7 @@ Service = patch_mock_servicer(Servicer)
 
 @contextlib.contextmanager
 def serve(root, edits=None):
-    """A servicer on a unix socket in a thread of its own; with it, `servicer.modal_run(...)`."""
+    """A servicer on a unix socket, in a thread of its own; what it started is ended with it."""
     servicer, loop = Service(root, edits), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -464,9 +465,20 @@ def serve(root, edits=None):
     thread.join(20)
 
 
-def modal_run(servicer, folder, app, *arguments, detach=False):
-    """`modal run` as a user types it, in `folder`; returns the finished process with stdout and stderr together."""
+def modal_start(servicer, folder, app, *arguments):
+    """`modal run` as a user types it, in `folder`: the process, with stdout and stderr together in its stdout."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(servicer.root), "MODAL_SERVER_URL": f"unix://{servicer.root / 'socket'}", "TERM": "dumb",
                    "MODAL_TOKEN_ID": "ak-loopback", "MODAL_TOKEN_SECRET": "as-loopback"}
-    command = [sys.executable, "-m", "modal", "run", *(["--detach"] if detach else []), str(app), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
+    options = [argument for argument in arguments if argument == "--detach"]
+    command = [sys.executable, "-m", "modal", "run", *options, str(app), *(argument for argument in arguments if argument not in options)]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def modal_run(servicer, folder, app, *arguments):
+    """(exit code, what it printed) of `modal run`."""
+    with modal_start(servicer, folder, app, *arguments) as process:
+        try:
+            printed, _ = process.communicate(timeout=280)
+        finally:
+            process.kill()
+    return process.returncode, printed

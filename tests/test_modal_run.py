@@ -1,11 +1,12 @@
 """`modal run` as a user types it: the real client and its container entrypoint, against the servicer of modal_servicer.py."""
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from modal_servicer import modal_run, serve
+from modal_servicer import modal_run, modal_start, serve
 
 import modal_app
 import run_experiment
@@ -14,7 +15,6 @@ ROOT = Path(modal_app.__file__).parent
 APP = ROOT / "modal_app.py"
 SMOKE = ("--conditions", "B_memory", "--shards", "2")
 SHARD = "results/smoke-B_memory-123-en"
-WROTE = {"train", "sanity", "run_condition", "evaluate", "build"}  # functions that do something
 
 
 def rows_of(folder):
@@ -29,26 +29,26 @@ def smoke(tmp_path_factory):
 
     def in_the_middle(container):
         rows = rows_of(container.root / "vol/runs" / SHARD)
-        if container.function == "run_condition" and container.arguments[2] == "en" and container.retries == 0 and rows:
+        if container.function == "run_condition" and container.arguments[2] == "en" and container.kills == 0 and rows:
             kept.append(rows)
             return True
 
     with serve(root) as servicer:
         servicer.kill_when = in_the_middle
-        shown = modal_run(servicer, home, f"{APP}::smoke", *SMOKE)
+        code, printed = modal_run(servicer, home, f"{APP}::smoke", *SMOKE)
         servicer.kill_when = None
-        yield SimpleNamespace(servicer=servicer, home=home, shown=shown, kept=kept[0] if kept else [], volume=servicer.committed(servicer.names["ttt-conv-memory-runs"]),
-                              started=[(c.function, c.retries) for c in servicer.containers])
+        yield SimpleNamespace(servicer=servicer, home=home, code=code, printed=printed, kept=kept[0] if kept else [], volume=servicer.committed(servicer.names["ttt-conv-memory-runs"]),
+                              started=[(c.function, c.kills) for c in servicer.containers])
 
 
 @pytest.mark.first
 def test_modal_run_brings_results_figures_and_costs_to_the_callers_folder(smoke):
-    assert smoke.shown.returncode == 0, smoke.shown.stdout
+    assert smoke.code == 0, smoke.printed
     assert {path.name for path in (smoke.home / "results").iterdir()} == {"smoke", "smoke-B_memory-123-en", "smoke-B_memory-123-zh"}
     report = json.loads((smoke.home / "results/smoke/report.json").read_text(encoding="utf-8"))
     assert report["arms"][0]["arm"] == "smoke" and set(report["arms"][0]["conditions"]["B_memory"]) == {"1", "2", "3"}
     assert list((smoke.home / "results/smoke/figures").glob("*.png"))
-    table = smoke.shown.stdout.split("stage  ")[-1]
+    table = smoke.printed.split("stage  ")[-1]
     for name in ("build", "train smoke", "sanity", "B_memory 1,2,3 en", "B_memory 1,2,3 zh", "evaluate", "pipeline", "total"):
         assert name in table
     commit = json.loads((smoke.home / SHARD / "run.json").read_text(encoding="utf-8"))["commit"]
@@ -56,7 +56,7 @@ def test_modal_run_brings_results_figures_and_costs_to_the_callers_folder(smoke)
 
 
 def test_a_killed_shard_goes_on_from_its_rows_and_ends_with_the_same(smoke, run_main, tmp_path):
-    starts = [retries for name, retries in smoke.started if name == "run_condition"]
+    starts = [kills for name, kills in smoke.started if name == "run_condition"]
     assert sorted(starts) == [0, 0, 1]  # two shards, and the killed one again
     rows = rows_of(smoke.home / SHARD)
     assert 0 < len(smoke.kept) < len(rows) and rows[:len(smoke.kept)] == smoke.kept
@@ -67,20 +67,22 @@ def test_a_killed_shard_goes_on_from_its_rows_and_ends_with_the_same(smoke, run_
     assert rows == rows_of(tmp_path / "whole")
 
 
-def test_a_second_run_does_nothing_twice(smoke, tmp_path):
-    before = {path: path.read_bytes() for path in smoke.volume.rglob("*") if path.is_file() and path.name != "pipeline.json"}
-    first = len(smoke.servicer.containers)
-    shown = modal_run(smoke.servicer, tmp_path, f"{APP}::smoke", *SMOKE)
-    assert shown.returncode == 0, shown.stdout
-    assert [container.function for container in smoke.servicer.containers[first:]] == ["pipeline"]
-    assert before == {path: path.read_bytes() for path in smoke.volume.rglob("*") if path.is_file() and path.name != "pipeline.json"}
-    assert shown.stdout.count("already\n") == 6
+def test_a_second_run_does_nothing_twice_and_a_detached_one_is_collected_later(smoke, tmp_path):
+    """The caller of the second run leaves as soon as it has begun."""
+    state = lambda: {path: path.read_bytes() for path in smoke.volume.rglob("*") if path.is_file() and path.name != "pipeline.json"}
+    before, first = state(), len(smoke.servicer.containers)
+    with modal_start(smoke.servicer, tmp_path, f"{APP}::smoke", "--detach", *SMOKE) as caller:
+        printed = next(line for line in caller.stdout if line.startswith("Started."))
+        caller.send_signal(signal.SIGINT)
+        printed += caller.stdout.read()
+    assert printed.count("modal run modal_app.py::collect --run smoke") == 2
+    pipeline, = smoke.servicer.containers[first:]  # no other function was called
+    assert pipeline.function == "pipeline" and pipeline.process.wait(60) == 0
+    assert state() == before
+    code, printed = modal_run(smoke.servicer, tmp_path, f"{APP}::collect", "--run", "smoke")
+    assert code == 0, printed
+    assert printed.count("already\n") == 6
     assert (tmp_path / "results/smoke/report.json").read_bytes() == (smoke.home / "results/smoke/report.json").read_bytes()
-
-
-def test_what_a_detached_run_left_is_collected_later(smoke, tmp_path):
-    shown = modal_run(smoke.servicer, tmp_path, f"{APP}::collect", "--run", "smoke")
-    assert shown.returncode == 0 and "evaluate" in shown.stdout, shown.stdout
     assert rows_of(tmp_path / SHARD) == rows_of(smoke.home / SHARD)
 
 
@@ -89,9 +91,9 @@ def test_a_failed_run_says_why_and_what_it_cost_and_a_missing_commit_is_seen(tmp
     (tmp_path / "servicer").mkdir()
     with serve(tmp_path / "servicer", {"        runs_volume.commit()\n": ""}) as servicer:
         servicer.stored_secrets["my-hub"] = {"HF_TOKEN": "hf_secret"}
-        shown = modal_run(servicer, tmp_path, f"{APP}::full_pipeline", "--model", "tiny-llama", "--conditions", "B_nothing", "--secret", "my-hub")
-        assert shown.returncode == 1
-        assert "modal_app.py: --conditions B_nothing: unknown; use some of A_context" in shown.stdout and "pipeline " in shown.stdout
+        code, printed = modal_run(servicer, tmp_path, f"{APP}::full_pipeline", "--model", "tiny-llama", "--conditions", "B_nothing", "--secret", "my-hub")
+        assert code == 1
+        assert "modal_app.py: --conditions B_nothing: unknown; use some of A_context" in printed and "pipeline " in printed
         container, = servicer.containers
         assert container.environment["HF_TOKEN"] == "hf_secret" and container.environment["TTT_COMMIT"]
         assert (container.root / "vol/runs/results/tiny-llama-recall/pipeline.json").is_file()
@@ -108,6 +110,6 @@ def test_a_module_that_is_not_uploaded_fails_as_in_the_service(tmp_path):
     (tmp_path / "modal_app.py").write_text(text.replace('"benchmark_values", ', ""), encoding="utf-8")
     (tmp_path / "servicer").mkdir()
     with serve(tmp_path / "servicer") as servicer:
-        shown = modal_run(servicer, tmp_path, "modal_app.py::build")
-    assert shown.returncode == 1
-    assert "No module named 'benchmark_values'" in shown.stdout
+        code, printed = modal_run(servicer, tmp_path, "modal_app.py::build")
+    assert code == 1
+    assert "No module named 'benchmark_values'" in printed
