@@ -89,10 +89,12 @@ def code_sha256():
 
 
 def run_stage(stage, reserved, folder=None):
-    """Run a stage and keep its record; what it has when it fails is committed too. Returns the record."""
+    """Run a stage and keep its record; what it has when it fails is committed too. Returns the record, or {"refused": why}, which is not retried."""
     try:
         record = stages.run(stage, HERE, folder or runs_folder(), reserved)
         stages.keep(stage, runs_folder(), code_sha256(), record)
+    except stages.Refused as refused:
+        record = {"refused": str(refused)}
     finally:
         commit_volumes()
     return record
@@ -104,7 +106,7 @@ def run_stage(stage, reserved, folder=None):
 def build():
     """Make the benchmark again, check it, and insist that it is the committed file byte for byte."""
     record = run_stage(stages.build_stage(), CPU_STAGE)
-    if (runs_folder() / BENCHMARK).read_bytes() != (HERE / BENCHMARK).read_bytes():
+    if "refused" not in record and (runs_folder() / BENCHMARK).read_bytes() != (HERE / BENCHMARK).read_bytes():
         raise RuntimeError(f"{BENCHMARK} here is not what build_benchmark.py makes: run `python build_benchmark.py`")
     return record
 
@@ -165,9 +167,9 @@ def chosen(function, gpu="", secret=""):
 def call_each(function, jobs):
     """Run all jobs side by side. Returns (records, errors): one failed job does not throw away what the others paid for."""
     outcomes = list(zip(jobs, function.starmap(jobs, return_exceptions=True)))
-    records = [outcome for _, outcome in outcomes if not isinstance(outcome, BaseException)]
-    errors = [f"{' '.join(map(str, job[:3]))}: {outcome}" for job, outcome in outcomes if isinstance(outcome, BaseException)]
-    return records, errors
+    why = lambda outcome: outcome if isinstance(outcome, BaseException) else outcome.get("refused")
+    records = [outcome for _, outcome in outcomes if not why(outcome)]
+    return records, [f"{' '.join(map(str, job[:3]))}: {why(outcome)}" for job, outcome in outcomes if why(outcome)]
 
 
 def once(function, stage_of, *jobs):

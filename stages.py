@@ -153,10 +153,14 @@ def plan_shards(model, conditions, langs, shards):
 
 # ---- running ----
 
+class Refused(RuntimeError):
+    """A script that ended with 2: what it was asked cannot be done, so that asking again is of no use."""
+
+
 def run_script(code_folder, folder, script, *arguments):
     """Run one script of code_folder in `folder`, its output passed on line by line. Returns the lines.
 
-    Raises RuntimeError with the script's last line when it fails.
+    Raises RuntimeError with the script's last line when it fails, Refused where the command line or a file is to blame.
     """
     command = [sys.executable, str(code_folder / script), *map(str, arguments)]
     print("$ python", script, *arguments, flush=True)
@@ -173,7 +177,8 @@ def run_script(code_folder, folder, script, *arguments):
             raise
     if process.returncode:
         last = next((line for line in reversed(lines) if line.strip()), "no output")
-        raise RuntimeError(f"{script} stopped with exit code {process.returncode}: {last}")
+        error = Refused if process.returncode == 2 else RuntimeError
+        raise error(f"{script} stopped with exit code {process.returncode}: {last}")
     return lines
 
 

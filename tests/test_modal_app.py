@@ -261,13 +261,14 @@ def test_a_script_is_streamed_and_its_lines_returned(tmp_path, capsys):
 
 def test_a_failing_script_raises_with_its_exit_code_and_last_line(tmp_path):
     path = script(tmp_path, "import sys; print('working'); print('layer 99 does not exist', file=sys.stderr); sys.exit(2)")
-    with pytest.raises(RuntimeError, match=r"script\.py stopped with exit code 2: layer 99 does not exist$"):
+    with pytest.raises(stages.Refused, match=r"script\.py stopped with exit code 2: layer 99 does not exist$"):
         stages.run_script(tmp_path, tmp_path, path)
 
 
 def test_a_script_that_fails_in_silence_still_raises(tmp_path):
-    with pytest.raises(RuntimeError, match="exit code 1: no output"):
+    with pytest.raises(RuntimeError, match="exit code 1: no output") as raised:
         stages.run_script(tmp_path, tmp_path, script(tmp_path, "raise SystemExit(1)"))
+    assert not isinstance(raised.value, stages.Refused)
 
 
 def test_preemption_lets_the_script_save(tmp_path):
@@ -286,9 +287,9 @@ def test_one_failed_job_leaves_the_others_their_records():
     class Pool:
         def starmap(self, jobs, return_exceptions):
             assert return_exceptions
-            return iter([{"stage": "B_memory"}, RuntimeError("out of memory")])
-    outcome = modal_app.call_each(Pool(), [("B_memory", "m"), ("C_nothing", "m")])
-    assert outcome == ([{"stage": "B_memory"}], ["C_nothing m: out of memory"])
+            return iter([{"stage": "B_memory"}, RuntimeError("out of memory"), {"refused": "no such adapter"}])
+    outcome = modal_app.call_each(Pool(), [("B_memory", "m"), ("C_nothing", "m"), ("A_tuned", "m")])
+    assert outcome == ([{"stage": "B_memory"}], ["C_nothing m: out of memory", "A_tuned m: no such adapter"])
 
 
 def test_what_is_finished_is_not_called_and_what_fails_is_named_last(kept, monkeypatch):
@@ -356,7 +357,7 @@ def test_preflight_checks_every_family(on_this_machine, monkeypatch, capsys):
     assert [path.name for path in on_this_machine.iterdir()] == [stages.KEPT]  # what the scripts wrote is gone
 
 
-def test_a_refused_option_names_the_script_and_leaves_no_record(on_this_machine):
-    with pytest.raises(RuntimeError, match=r"train_minimal\.py stopped with exit code 2: .*no-such-model"):
-        modal_app.train.local(model="no-such-model", arm="x", updates=1)
+def test_a_refused_option_names_the_script_is_not_retried_and_leaves_no_record(on_this_machine):
+    refused = modal_app.train.local(model="no-such-model", arm="x", updates=1)["refused"]  # an error that is raised would be
+    assert refused.startswith("train_minimal.py stopped with exit code 2: ") and "no-such-model" in refused
     assert not (on_this_machine / stages.KEPT).exists()

@@ -37,8 +37,9 @@ def smoke(tmp_path_factory):
         servicer.kill_when = in_the_middle
         code, printed = modal_run(servicer, home, f"{APP}::smoke", *SMOKE)
         servicer.kill_when = None
-        yield SimpleNamespace(servicer=servicer, home=home, code=code, printed=printed, kept=kept[0] if kept else [], volume=servicer.committed(servicer.names["ttt-conv-memory-runs"]),
-                              started=[(c.function, c.kills) for c in servicer.containers])
+        yield SimpleNamespace(servicer=servicer, home=home, code=code, printed=printed, kept=kept[0] if kept else [],
+                              volume=servicer.committed(servicer.names["ttt-conv-memory-runs"]),
+                              started=[(container.function, container.kills) for container in servicer.containers])
 
 
 @pytest.mark.first
@@ -113,3 +114,11 @@ def test_a_module_that_is_not_uploaded_fails_as_in_the_service(tmp_path):
         code, printed = modal_run(servicer, tmp_path, "modal_app.py::build")
     assert code == 1
     assert "No module named 'benchmark_values'" in printed
+
+
+def test_an_error_is_retried_twice_and_then_told(tmp_path):
+    (tmp_path / "servicer").mkdir()
+    with serve(tmp_path / "servicer", {"record = stages.run(": "record = 1 / 0 or stages.run("}) as servicer:
+        code, printed = modal_run(servicer, tmp_path, f"{APP}::weights", "--model", "tiny-llama")
+        assert code == 1 and "ZeroDivisionError" in printed
+        assert [(container.function, container.retries) for container in servicer.containers] == [("weights", 0), ("weights", 1), ("weights", 2)]
