@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -290,7 +291,8 @@ def modal_start(servicer, folder, app, *arguments):
                    "MODAL_TOKEN_ID": "ak-loopback", "MODAL_TOKEN_SECRET": "as-loopback"}
     options = [argument for argument in arguments if argument == "--detach"]
     command = [sys.executable, "-m", "modal", "run", *options, str(app), *(argument for argument in arguments if argument not in options)]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the suite runs in the background
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heeds)
 
 
 def modal_run(servicer, folder, app, *arguments):

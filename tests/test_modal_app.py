@@ -1,7 +1,10 @@
 """The Modal app by itself: what is uploaded, options, stages and what is finished, costs. What `modal run` does with it is in test_modal_run.py."""
 import ast
+import contextlib
+import io
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -272,15 +275,23 @@ def test_a_script_that_fails_in_silence_still_raises(tmp_path):
 
 
 def test_preemption_lets_the_script_save(tmp_path):
-    path = script(tmp_path, "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    path = script(tmp_path, "import time\ntry:\n    open('ready', 'w').close()\n    time.sleep(60)\n    open('slept', 'w').close()\n"
                             "except KeyboardInterrupt:\n    open('saved', 'w').close()")
-    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        stages.run_script(tmp_path, tmp_path, path)
-    assert (tmp_path / "saved").exists()
-    assert time.monotonic() - start < 20
+
+    def preempt():
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    deadline = time.monotonic() + 60
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
+    try:
+        threading.Thread(target=preempt).start()
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_script(tmp_path, tmp_path, path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "saved").exists() and not (tmp_path / "slept").exists()
 
 
 def test_one_failed_job_leaves_the_others_their_records():
@@ -334,30 +345,38 @@ def test_pull_refuses_a_path_that_leaves_the_folder(tmp_path, monkeypatch):
 
 # ---- bodies, with the scripts themselves ---------------------------------------------------------------------------
 
-@pytest.fixture
-def on_this_machine(tmp_path, monkeypatch):
+def in_this_process(code_folder, folder, script, *arguments):
+    """stages.run_script without a process of its own: torch need not be loaded once more for every script."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(code_folder / script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(code_folder / script), run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise RuntimeError(f"{script} stopped with exit code {stop.code}: {shown.getvalue()}") from None
+    return shown.getvalue().splitlines()
+
+
+def test_preflight_runs_every_script_and_checks_every_family(tmp_path, monkeypatch):
+    """Not with A_tuned: the command that trains it differs in one word."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
-
-
-def test_preflight_checks_every_family(on_this_machine, monkeypatch, capsys):
-    """Its other commands are made by what makes those of the pipeline, which test_modal_run.py runs."""
-    whole = stages.preflight_stage("A_tuned,B_memory", "en")
-    assert [command[0] for command in whole.commands] == ["sanity.py", "train_minimal.py", "train_minimal.py", "run_experiment.py", "evaluate.py"]
-    monkeypatch.setattr(stages, "preflight_stage", lambda conditions, langs: stages.Stage("preflight", whole.commands[:1]))
+    monkeypatch.setattr(stages, "run_script", in_this_process)
+    monkeypatch.setattr(stages, "LAST_LINES", 10**6)
     shown = modal_app.preflight.local(conditions="B_memory", langs="en")
     assert shown["seconds"] > 0 and shown["stage"] == "preflight"
-    lines = capsys.readouterr().out.splitlines()
-    lines = lines[:lines.index("all checks pass")]  # sanity.py --tiny: every check, on every family
+    assert any("results/tiny/report.json" in line for line in shown["lines"])
+    lines = shown["lines"][:shown["lines"].index("all checks pass")]  # sanity.py --tiny: every check, on every family
     assert [line.split()[0] for line in lines if line.startswith("tiny-")] == list(FAMILIES)
     checks = [line.split()[:2] for line in lines if line.startswith(("PASS", "FAIL"))]
     expected = [check.__name__ for check in sanity.CHECKS if check not in sanity.NEEDS_TRAINING]
     assert checks == [["PASS", name] for name in expected] * len(FAMILIES)
-    assert [path.name for path in on_this_machine.iterdir()] == [stages.KEPT]  # what the scripts wrote is gone
+    assert [path.name for path in tmp_path.iterdir()] == [stages.KEPT]  # what the scripts wrote is gone
 
 
-def test_a_refused_option_names_the_script_is_not_retried_and_leaves_no_record(on_this_machine):
-    refused = modal_app.train.local(model="no-such-model", arm="x", updates=1)["refused"]  # an error that is raised would be
-    assert refused.startswith("train_minimal.py stopped with exit code 2: ") and "no-such-model" in refused
-    assert not (on_this_machine / stages.KEPT).exists()
+def test_a_refusal_names_the_script_is_not_retried_and_leaves_no_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = modal_app.evaluate.local("no-such-run", ("results/no-such-run",))["refused"]  # it would be retried if it were raised
+    assert refused.startswith("evaluate.py stopped with exit code 2: ") and "no-such-run" in refused
+    assert not (tmp_path / stages.KEPT).exists()
