@@ -294,9 +294,9 @@ def start(model, gpu, updates, limit, conditions, langs, seed, run, shards, secr
     for option, number, least in (("--updates", updates, 0), ("--limit", limit, 0), ("--shards", shards, 1)):
         parse_count(option, number, least)
     started = chosen(pipeline, "", secret).spawn(model, gpu, updates, limit, wanted, langs, seed, run, shards, secret, training)
-    print(f"Started. After `modal run --detach` it goes on without this terminal, and `modal run modal_app.py::collect --run {run}` brings its results;\n"
-          "else it ends with it, and the same command goes on from what is finished.", flush=True)
     try:
+        print(f"Started. After `modal run --detach` it goes on without this terminal, and `modal run modal_app.py::collect --run {run}` brings its results;\n"
+              "else it ends with it, and the same command goes on from what is finished.", flush=True)
         outcome = started.get()
     except (KeyboardInterrupt, modal.exception.ConnectionError):
         print(f"\nleft before the end of {run}: what is finished is kept on the volume; go on with the same command, or after --detach with\n"
