@@ -3,10 +3,11 @@
 check_benchmark returns a Report. A file from elsewhere may lack the fields "span", "subject", "attribute" and "value";
 what cannot be checked without them is counted as skipped, never passed over in silence.
 """
+import functools
 import re
 import string
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 
 from benchmark_dialogue import ALTERNATIVES, TOKEN, Content
 from benchmark_file import CATEGORIES, LANGS, LEVELS
@@ -280,10 +281,10 @@ def _training_bank():
 def check_bank(samples, content, bank, report):
     """No wording, name or passage of the benchmark comes out of the training bank."""
     for lang in LANGS:
-        templates = [flatten(template, lang) for template in bank.templates(lang)]
-        usable = sorted({t for t in templates if _tells_apart(t, lang)})
+        templates = [(asks(template), flatten(template, lang)) for template in bank.templates(lang)]
+        usable = {template for template in templates if _tells_apart(template[1], lang)}
         report.skipped[f"{lang} training templates too short to tell apart"] += len(templates) - len(usable)
-        _check_own_templates(content, lang, set(usable), report)
+        _check_own_templates(content, lang, {flat for _, flat in usable}, report)
         own = [sample for sample in samples if sample["lang"] == lang]
         _check_texts(own, lang, usable, report)
         _check_names(own, content, lang, bank, report)
@@ -294,16 +295,58 @@ def check_bank(samples, content, bank, report):
                           f"{sample['sample_id']}: the training passages hold '{(shared or [''])[0][:50]}'")
 
 
+def asks(text):
+    """Whether a template or sentence is a question: "When is Anna's birthday?" is no use of the statement "{v} is {s}'s birthday."."""
+    return text.rstrip(" \"'”’」』").endswith(("?", "？"))
+
+
 def flatten(template, lang):
     """A template or sentence for comparison: lower case, no punctuation, every slot an underscore."""
     text = SLOT.sub(" _ " if lang == "en" else "_", template).lower()
+    text = re.sub(r"['’]s\b", " s", text)  # "{s}'s" and "Anna's" are both an owner and an s
     text = re.sub(r"[^\w\s]", "", text.replace("-", " "))
     return " ".join(text.split()) if lang == "en" else "".join(text.split())
 
 
 def _tells_apart(flat, lang):
-    literals = [part for part in (flat.split() if lang == "en" else flat) if part != "_"]
+    literals = _literals(flat, lang)
     return len(literals) >= (1 if flat.count("_") > 1 else FEWEST_LITERALS[lang]) and bool(literals)
+
+
+def _pieces(flat, lang):
+    """The words of a flattened text, of a Chinese one the characters."""
+    return flat.split() if lang == "en" else list(flat)
+
+
+def _literals(flat, lang):
+    """What a flattened template says beside its slots and the s of "Anna's"; a text that fits has every one of these among its own pieces."""
+    return [piece for piece in _pieces(flat, lang) if piece != "_" and (piece != "s" or lang == "zh")]
+
+
+class TemplateIndex:
+    """Flattened templates, each with a word of its own, to ask whether a flattened text could come out of one of them.
+
+    A template stands under that literal of its own which the fewest templates have. A text is matched with the templates under its
+    pieces alone, and of these only with those whose literals it all holds: a few patterns are tried, not thousands.
+    """
+
+    def __init__(self, templates, lang):
+        self.lang, self.under = lang, defaultdict(list)
+        literals = {template: frozenset(_literals(template, lang)) for template in templates}
+        count = Counter(piece for pieces in literals.values() for piece in pieces)
+        for template, pieces in literals.items():
+            self.under[min(pieces, key=lambda piece: (count[piece], piece))].append((template, pieces))
+
+    def fits(self, text):
+        """Whether the text is one of the templates, with something in every slot."""
+        said = set(_pieces(text, self.lang))
+        return any(pieces <= said and _pattern(template, self.lang).fullmatch(text)
+                   for piece in said for template, pieces in self.under.get(piece, ()))
+
+
+@functools.cache
+def _pattern(template, lang):
+    return re.compile(re.escape(template).replace("_", WILDCARD[lang]))
 
 
 def _check_own_templates(content, lang, bank_templates, report):
@@ -321,19 +364,17 @@ def _check_own_templates(content, lang, bank_templates, report):
 
 
 def _check_texts(samples, lang, templates, report):
-    """Questions, stated facts and the sentences of the conversations, as rendered."""
-    wild = WILDCARD[lang]
-    patterns = [re.escape(template).replace("_", wild) for template in templates]
-    combined = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else re.compile(r"(?!)")
+    """Questions, stated facts and the sentences of the conversations, as rendered; questions are held against questions."""
+    index = {asked: TemplateIndex([flat for kind, flat in templates if kind == asked], lang) for asked in (True, False)}
     texts = {}
     for sample in samples:
         turns = [re.split("[:：]", line, maxsplit=1)[-1] for line in sample["conversation"].split("\n")]
         sentences = [s for turn in turns for s in SENTENCE_END.split(turn)] + [p["question"] for p in sample["probes"]]
         sentences += [_stated(sample, fact) for fact in sample["facts"] if "span" in fact]
         for sentence in sentences:
-            texts.setdefault(flatten(sentence, lang), sample["sample_id"])
-    for text, sample_id in texts.items():
-        report.expect(f"{lang} sentence or question fits no training template", not combined.fullmatch(text),
+            texts.setdefault((asks(sentence), flatten(sentence, lang)), sample["sample_id"])
+    for (asked, text), sample_id in texts.items():
+        report.expect(f"{lang} sentence or question fits no training template", not index[asked].fits(text),
                       f"{sample_id}: the training bank can say '{text}'")
 
 

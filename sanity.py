@@ -100,14 +100,18 @@ def whole_rows(loaded: Loaded, rows: list[list[int]], writer=None) -> torch.Tens
     return logits[mask.bool()]
 
 
-@contextlib.contextmanager
-def chunk_length(ttt: InPlaceTTT, chunk: int | None):
-    """The same adapter with another chunk length: with the whole text as one chunk, writing reads nothing back.
+def chunk_lengths(ttt: InPlaceTTT) -> tuple[int | None, ...]:
+    """The chunk lengths an adapter is checked with, the shortest first: with the whole text as one chunk, writing reads nothing back.
 
     An adapter that knows no other length (ridge solves for the whole text, blind reads nothing back) is checked as it is.
     """
+    return (None,) if ttt.config.rule == "ridge" or ttt.config.blind else (CHUNK, None)
+
+
+@contextlib.contextmanager
+def chunk_length(ttt: InPlaceTTT, chunk: int | None):
+    """The same adapter with another chunk length."""
     holders, config = [ttt, *ttt.fast.values()], ttt.config
-    chunk = None if config.rule == "ridge" or config.blind else chunk
     try:
         for holder in holders:
             holder.config = replace(config, chunk=chunk)
@@ -171,7 +175,7 @@ def saved_memory_answers_the_same(setup: Setup) -> Outcome:
 
 def sequential_equals_parallel(setup: Setup) -> Outcome:
     errors = []
-    for chunk in (CHUNK, None):
+    for chunk in chunk_lengths(setup.ttt):
         with chunk_length(setup.ttt, chunk):
             results = []
             for form in ("sequential", "parallel"):
@@ -204,7 +208,7 @@ def digests_tell_texts_apart(setup: Setup) -> Outcome:
 def rows_do_not_leak(setup: Setup) -> Outcome:
     """Written and read in a batch, alone, and beside another neighbour: the same. In chunks, whose borders pads would shift."""
     texts, samples = setup.texts[:TEXTS], setup.samples[:TEXTS]
-    with chunk_length(setup.ttt, CHUNK):
+    with chunk_length(setup.ttt, chunk_lengths(setup.ttt)[0]):
         batch, *alone = [write(setup, rows) for rows in (texts, *([text] for text in texts))]
         neighbour = write(setup, [texts[0], setup.texts[TEXTS]])
     logits = ask(setup, batch, samples, 1)[1].split(QUESTIONS)

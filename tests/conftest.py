@@ -1,6 +1,7 @@
 """Tiny random models of every family, in arithmetic wide enough that a wrong formula cannot pass for rounding."""
 import functools
 import os
+import signal
 import sys
 import types
 
@@ -71,6 +72,11 @@ def attach():
     for ttt in reversed(attached):
         if any(hasattr(layer.mlp, "base") for layer in ttt._decoder[0].layers):
             ttt.detach()
+
+
+def hear_ctrl_c():
+    """preexec_fn of a process that is to be interrupted: a suite that runs in the background ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from intervals import RATIOS
 CONDITIONS = {"A_context": 0.9, "A_tuned": 0.95, "B_memory": 0.5, "C_nothing": 0.0, "B_swapped": 0.0,
               "D_distractor": 0.3, "B_merged_4": 0.2}
 ONLY = {"D_distractor": 3, "B_merged_4": 1}
+COARSE = 80    # dots an inch
 GOLD = {"en": "Bruno", "zh": "布鲁诺"}
 
 
@@ -59,8 +60,9 @@ def make_run(root, folder="first", rows=None, train=False, **changed):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """An empty project folder to run in, with a RESULTS.md."""
+    """An empty project folder to run in, with a RESULTS.md; figures are of fewer dots, which are drawn and looked at sooner."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.plots, "DPI", COARSE)
     (tmp_path / "RESULTS.md").write_text("# Results\r\n<!-- report:begin -->\nold\n<!-- report:end -->\ntail",
                                          encoding="utf-8", newline="")
     return tmp_path
@@ -269,7 +271,7 @@ def test_a_changed_benchmark_file_is_told(root, capsys):
 def assert_drawn(path):
     """A picture of a figure's size with data in it and a free border."""
     pixels = matplotlib.image.imread(path)[..., :3]
-    assert pixels.shape[0] > 400 and pixels.shape[1] > 700
+    assert pixels.shape[0] > 2.5 * COARSE and pixels.shape[1] > 4.5 * COARSE
     assert (pixels.min(axis=2) < 0.9).mean() > 0.01          # ink
     assert (np.ptp(pixels, axis=2) > 0.2).mean() > 0.0005     # in colour: the data, not only the axes
     edge = np.concatenate([pixels[:, :2].ravel(), pixels[:, -2:].ravel(), pixels[:2].ravel(), pixels[-2:].ravel()])
@@ -289,12 +291,12 @@ def test_figures_are_written_and_not_blank(drawn, langs, arms):
         assert_drawn(drawn / "results/figures" / name)
 
 
-def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(drawn):
+def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(root):
     rows = make_rows(0, ["en"], {"B_memory": 0.9, "B_rank_16": 0.6, "B_rank_4": 0.1})
     sizes = {"B_memory": 5000, "B_rank_16": 3000, "B_rank_4": 800}
-    make_run(drawn, rows=[row | {"memory_bytes": sizes[row["condition"]], "tokens_written": 10} for row in rows], conditions=list(sizes), kv_bytes_per_token=700)
+    make_run(root, rows=[row | {"memory_bytes": sizes[row["condition"]], "tokens_written": 10} for row in rows], conditions=list(sizes), kv_bytes_per_token=700)
     assert score("--quiet") == 0
-    report = report_of(drawn)
+    report = report_of(root)
     assert report["arms"][0]["kv_bytes"] == {"en": 7000}
     *_, axes = evaluate.plots.memory_curves(report).axes
     (line,) = axes.containers
@@ -331,14 +333,14 @@ def test_figures_and_tables_do_not_depend_on_the_run(drawn):
     assert outputs[0] == outputs[1] and len(outputs[0]) > 6
 
 
-def test_merged_memories_are_drawn_by_the_facts_they_hold(drawn):
+def test_merged_memories_are_drawn_by_the_facts_they_hold(root):
     bench = benchmark_file.load_benchmark(evaluate.__file__.replace("evaluate.py", "benchmark_v1.json"))
     bench["samples"] = [sample for sample in bench["samples"] if sample["level"] == 1][:3]
-    (drawn / "benchmark_v1.json").write_text(json.dumps(bench), encoding="utf-8")
-    make_run(drawn, benchmark={"file": "benchmark_v1.json", "sha256": benchmark_file.sha256_of(drawn / "benchmark_v1.json")})
+    (root / "benchmark_v1.json").write_text(json.dumps(bench), encoding="utf-8")
+    make_run(root, benchmark={"file": "benchmark_v1.json", "sha256": benchmark_file.sha256_of(root / "benchmark_v1.json")})
     assert score("--quiet") == 0
     facts = sum(len(sample["facts"]) for sample in bench["samples"]) / 3
-    axes = evaluate.plots.memory_curves(report_of(drawn)).axes[0]
+    axes = evaluate.plots.memory_curves(report_of(root)).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [f"{n}\n({n * facts:.0f})" for n in (1, 2, 4, 8)]
 
 

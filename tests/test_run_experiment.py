@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, strengthen
+from conftest import FAMILIES, hear_ctrl_c, strengthen
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -461,6 +461,11 @@ def ordered(rows):
     return sorted(rows, key=lambda r: (r["condition"], r["probe_id"]))
 
 
+def of_any_batch(rows):
+    """The rows in order, to compare with those of other batches: what is said is the same, the norm of the update to a rounding."""
+    return [row | {"update_norm": row["update_norm"] and pytest.approx(row["update_norm"], rel=1e-4)} for row in ordered(rows)]
+
+
 def assert_resumed(out, argv, call, straight):
     """The run is unfinished; resumed, it has the rows of the uninterrupted one, each once, those it had untouched."""
     before = (out / "predictions.jsonl").read_bytes()
@@ -486,7 +491,7 @@ def test_out_of_memory_halves_the_batch_says_so_and_changes_no_answer(kit, call,
 
     monkeypatch.setattr(run_experiment, "answer", small)
     code, _, err = call(command(tmp_path, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED, "--batch-size", "16"))
-    assert code == 0 and ordered(read_rows(tmp_path)) == ordered(straight)
+    assert code == 0 and ordered(read_rows(tmp_path)) == of_any_batch(straight)
     failed = [(name, count) for name, count in tried if count > room]
     assert err.count("out of memory at") == len(failed) and all(f"out of memory at {count} questions of {name}" in err for name, count in failed)
     for name in {name for name, _ in failed}:  # each size is tried once, not by every batch that has it
@@ -534,7 +539,8 @@ def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(kit, call, straight, tmp_pa
     """A real signal to a real process, and the run goes on from whatever it left."""
     model, adapter = kit("tiny-llama")
     argv = command(tmp_path / "out", "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED)
-    process = subprocess.Popen([sys.executable, "-c", SHORT, *argv[1:]], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SHORT, *argv[1:]], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=hear_ctrl_c)
     rows, deadline = tmp_path / "out/predictions.jsonl", time.time() + 90
     while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
@@ -551,7 +557,7 @@ def test_a_resumed_run_may_ask_for_more(kit, call, straight, tmp_path):
     assert call([*argv, "--limit", "2", "--levels", "1", "--conditions", "B_memory"])[0] == 0
     assert call([*argv, *RESUMED, "--resume"])[0] == 0
     run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
-    assert ordered(read_rows(tmp_path)) == ordered(straight) and run["levels"] == [1, 2] and run["rows"] == len(straight)
+    assert ordered(read_rows(tmp_path)) == of_any_batch(straight) and run["levels"] == [1, 2] and run["rows"] == len(straight)
     assert call([*argv, "--limit", "1", "--levels", "1", "--conditions", "B_memory", "--resume"])[0] == 0
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["limit"] == 3  # what the rows cover, not what was asked last
 

@@ -1,8 +1,12 @@
 """Training: the gradient goes through the write and nowhere else, and what a run leaves can be used, resumed and repeated."""
+import contextlib
+import functools
+import io
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from conftest import FAMILIES, strengthen, tiny, token_rows
+from conftest import FAMILIES, hear_ctrl_c, strengthen, tiny, token_rows
 
 import arms
 import exercise
@@ -23,8 +27,9 @@ import model_utils
 import objectives
 import run_experiment
 import train_minimal
+import training_bank
 from in_place_ttt import InPlaceTTT, TTTConfig
-from manifests import read_manifest
+from manifests import read_manifest, run_script
 from model_utils import load_adapter, load_lora, load_model
 from objectives import lm_step, recall_step
 from training_data import Batch, Example
@@ -247,6 +252,19 @@ def test_the_worth_of_a_token_is_what_its_gate_says():
 
 
 # ---- the command ----
+
+@pytest.fixture(scope="module", autouse=True)
+def a_short_bank():
+    """Conversations of two or three facts and passages of a line: to the tiny models every byte is a token, and an update costs its square.
+
+    Its hash stays that of the files. A process of its own, as Ctrl-C's, trains on the bank as it is.
+    """
+    passages = training_bank.load_passages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_bank, "FACT_COUNTS", (2, 3))
+        patch.setattr(training_bank, "load_passages", lambda lang: [passage[:150] for passage in passages(lang)])
+        yield
+
 
 def command(out, *more, model="tiny-llama", objective="recall", updates=4):
     return ["train_minimal.py", "--model", model, "--objective", objective, "--arm", "a", "--out", str(out), "--updates", str(updates),
@@ -615,25 +633,38 @@ def test_weight_decay_draws_the_trained_tensors_to_zero(tmp_path, call):
 CHANGES = [("--seed", 5), ("--lr", 0.5), ("--updates", 9), ("--layers", "2"), ("--lang", "zh"), ("--probes", 1), ("--weight-decay", 0.1), ("--objective", "context", "--groups", "")]
 
 
+@pytest.fixture(scope="module")
+def three_updates(tmp_path_factory):
+    """three_updates(finished) -> a folder with arm `a` of three updates, saved after each; unfinished, it was interrupted in the third."""
+    @functools.cache
+    def trained(finished):
+        folder = tmp_path_factory.mktemp("three")
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+            if not finished:
+                interrupt_at(patch, "recall", 3)
+            patch.setattr(sys, "argv", command(folder, "--save-every", 1, updates=3))
+            with contextlib.nullcontext() if finished else pytest.raises(SystemExit):
+                run_script(train_minimal.main)
+        assert read_manifest(folder / "a")["updates"] == (3 if finished else 2)
+        return folder
+
+    return trained
+
+
 @pytest.mark.parametrize("finished, change", [*((False, c) for c in CHANGES), (True, CHANGES[0]), (True, CHANGES[2])])
-def test_resume_refuses_another_arm(change, finished, tmp_path, call, monkeypatch):
-    with monkeypatch.context() as patch:
-        if not finished:
-            interrupt_at(patch, "recall", 3)
-        call(command(tmp_path, "--save-every", 1, updates=3))
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    code, _, err = call([*command(tmp_path, "--save-every", 1, updates=3), *map(str, change), "--resume"])
-    assert code == 2 and len(err.splitlines()) == 1 and "another" in err and str(tmp_path / "a") in err
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+def test_resume_refuses_another_arm(change, finished, three_updates, call):
+    folder = three_updates(finished)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    code, _, err = call([*command(folder, "--save-every", 1, updates=3), *map(str, change), "--resume"])
+    assert code == 2 and len(err.splitlines()) == 1 and "another" in err and str(folder / "a") in err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_cut_state_is_one_clear_line(tmp_path, call, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, "recall", 3)
-        call(command(tmp_path, "--save-every", 1))
+def test_a_cut_state_is_one_clear_line(tmp_path, three_updates, call):
+    shutil.copytree(three_updates(False), tmp_path, dirs_exist_ok=True)
     state = tmp_path / "a" / train_minimal.STATE
     state.write_bytes(state.read_bytes()[:100])
-    code, _, err = call([*command(tmp_path, "--save-every", 1), "--resume"])
+    code, _, err = call([*command(tmp_path, "--save-every", 1, updates=3), "--resume"])
     assert code == 2 and len(err.splitlines()) == 1 and str(state) in err and "Traceback" not in err
 
 
@@ -647,8 +678,9 @@ def test_a_trained_arm_is_not_trained_over(tmp_path, call):
 
 def test_ctrl_c_in_a_terminal_keeps_the_last_checkpoint(tmp_path):
     """The signal reaches the whole process group, data workers included, as a terminal sends it."""
-    argv = command(tmp_path, "--save-every", 2, "--workers", 1, updates=100000)
-    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    argv = command(tmp_path, "--save-every", 2, "--workers", 1, objective="lm", updates=100000)
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=hear_ctrl_c)
     deadline = time.time() + 90
     while not (tmp_path / "a/manifest.json").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
