@@ -279,10 +279,12 @@ def serve(root, edits=None):
         await runner.cleanup()
 
     begun = asyncio.run_coroutine_threadsafe(begin(), loop).result(20)
-    yield servicer
-    asyncio.run_coroutine_threadsafe(end(*begun), loop).result(20)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(20)
+    try:
+        yield servicer
+    finally:
+        asyncio.run_coroutine_threadsafe(end(*begun), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
 
 
 def modal_start(servicer, folder, app, *arguments):

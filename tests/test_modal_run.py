@@ -1,4 +1,5 @@
 """`modal run` as a user types it: the real client and its container entrypoint, against the servicer of modal_servicer.py."""
+import contextlib
 import json
 import shutil
 import signal
@@ -19,13 +20,13 @@ SHARD = "results/smoke-B_memory-123-en"
 
 def rows_of(folder):
     path = folder / "predictions.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []  # whole lines
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+@contextlib.contextmanager
+def run_smoke(root, home):
     """`modal run modal_app.py::smoke`, with the container of one shard killed once it has some of its rows."""
-    root, home, kept = tmp_path_factory.mktemp("servicer"), tmp_path_factory.mktemp("home"), []
+    kept = []
 
     def in_the_middle(container):
         rows = rows_of(container.root / "vol/runs" / SHARD)
@@ -43,7 +44,17 @@ def smoke(tmp_path_factory):
 
 
 @pytest.mark.first
-def test_modal_run_brings_results_figures_and_costs_to_the_callers_folder(smoke):
+def test_modal_run_from_the_first_command_to_the_second(run_main, tmp_path):
+    """One test, so that several test processes do not each run the pipeline: results come, a killed shard goes on, nothing is done twice."""
+    for name in ("servicer", "home", "second"):
+        (tmp_path / name).mkdir()
+    with run_smoke(tmp_path / "servicer", tmp_path / "home") as smoke:
+        results_figures_and_costs_come_to_the_callers_folder(smoke)
+        a_killed_shard_goes_on_from_its_rows_and_ends_with_the_same(smoke, run_main, tmp_path)
+        a_second_run_does_nothing_twice_and_a_detached_one_is_collected_later(smoke, tmp_path / "second")
+
+
+def results_figures_and_costs_come_to_the_callers_folder(smoke):
     assert smoke.code == 0, smoke.printed
     assert {path.name for path in (smoke.home / "results").iterdir()} == {"smoke", "smoke-B_memory-123-en", "smoke-B_memory-123-zh"}
     report = json.loads((smoke.home / "results/smoke/report.json").read_text(encoding="utf-8"))
@@ -56,7 +67,7 @@ def test_modal_run_brings_results_figures_and_costs_to_the_callers_folder(smoke)
     assert commit == modal_app.SHARED["env"]["TTT_COMMIT"]
 
 
-def test_a_killed_shard_goes_on_from_its_rows_and_ends_with_the_same(smoke, run_main, tmp_path):
+def a_killed_shard_goes_on_from_its_rows_and_ends_with_the_same(smoke, run_main, tmp_path):
     starts = [kills for name, kills in smoke.started if name == "run_condition"]
     assert sorted(starts) == [0, 0, 1]  # two shards, and the killed one again
     rows = rows_of(smoke.home / SHARD)
@@ -68,7 +79,7 @@ def test_a_killed_shard_goes_on_from_its_rows_and_ends_with_the_same(smoke, run_
     assert rows == rows_of(tmp_path / "whole")
 
 
-def test_a_second_run_does_nothing_twice_and_a_detached_one_is_collected_later(smoke, tmp_path):
+def a_second_run_does_nothing_twice_and_a_detached_one_is_collected_later(smoke, tmp_path):
     """The caller of the second run leaves as soon as it has begun."""
     state = lambda: {path: path.read_bytes() for path in smoke.volume.rglob("*") if path.is_file() and path.name != "pipeline.json"}
     before, first = state(), len(smoke.servicer.containers)
