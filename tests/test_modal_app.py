@@ -1,4 +1,4 @@
-"""The Modal app, as far as it can be seen without an account: what the client resolves, and every body through .local()."""
+"""The Modal app by itself: what is uploaded, options, stages and what is finished, costs. What `modal run` does with it is in test_modal_run.py."""
 import ast
 import contextlib
 import io
@@ -20,10 +20,13 @@ from conftest import FAMILIES
 
 import modal_app
 import sanity
+import stages
+from manifests import UserError
 
 ROOT = Path(modal_app.__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally")
-FUNCTIONS = {"build", "smoke", "train", "sanity", "run_condition", "evaluate"}
+FUNCTIONS = {"build", "weights", "preflight", "train", "sanity", "run_condition", "evaluate", "pipeline"}
+ENTRYPOINTS = {"full_pipeline", "smoke", "collect"}
 
 
 def run_python(code, **env):
@@ -49,15 +52,15 @@ def imported_names(path):
 
 
 def scripts_run():
-    """The scripts that modal_app starts: string constants that are nothing but a file name."""
-    nodes = ast.walk(ast.parse((ROOT / "modal_app.py").read_text(encoding="utf-8")))
+    """The scripts that the stages start: string constants that are nothing but a file name."""
+    nodes = [node for name in ("modal_app.py", "stages.py") for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))]
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return {text[:-3] for text in strings if re.fullmatch(r"\w+\.py", text)}
 
 
 def test_every_module_that_a_script_needs_is_uploaded_and_no_other():
     needed, queue = set(), [*scripts_run(), *imported_names(ROOT / "modal_app.py")]
-    assert {"train_minimal", "run_experiment", "evaluate", "sanity", "build_benchmark"} <= set(queue)
+    assert {"train_minimal", "run_experiment", "evaluate", "sanity", "build_benchmark", "model_utils"} <= set(queue)
     while queue:
         name = queue.pop()
         if name not in needed and (ROOT / f"{name}.py").exists():
@@ -83,28 +86,29 @@ def test_data_and_benchmark_that_the_image_adds_exist():
     assert (ROOT / "requirements.txt").is_file() and (ROOT / "requirements-models.txt").is_file()
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS | {"full_pipeline"}))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS | ENTRYPOINTS))
 def test_the_client_resolves_each_runnable(name):
     runnable = getattr(modal_app, name)
-    assert isinstance(runnable, modal.app.LocalEntrypoint if name == "full_pipeline" else modal.Function)
-    if name != "full_pipeline":
-        spec = runnable._spec_
-        assert set(spec.volumes) == {"/vol/runs", "/vol/weights"}
-        assert spec.gpus == {"build": None, "evaluate": None, "smoke": modal_app.SMALL_GPUS}.get(name, modal_app.GPUS)
+    assert isinstance(runnable, modal.app.LocalEntrypoint if name in ENTRYPOINTS else modal.Function)
+    if name in FUNCTIONS:
+        assert set(runnable._spec_.volumes) == {"/vol/runs", "/vol/weights"}
+        on_gpu = {"preflight": modal_app.SMALL_GPUS, "train": modal_app.GPUS, "sanity": modal_app.GPUS, "run_condition": modal_app.GPUS}
+        assert runnable._spec_.gpus == on_gpu.get(name)
 
 
-def test_modal_run_without_a_name_means_the_full_pipeline(tmp_path):
-    command = [sys.executable, "-m", "modal", "run", "modal_app.py", "--help"]
+def test_the_full_pipeline_needs_no_option_and_names_those_it_has(tmp_path):
+    command = [sys.executable, "-m", "modal", "run", "modal_app.py::full_pipeline", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})
     assert shown.returncode == 0, shown.stderr
-    for option in ("--model", "--gpu", "--updates", "--limit", "--conditions", "--langs"):
+    for option in ("--model", "--gpu", "--updates", "--limit", "--conditions", "--langs", "--shards", "--secret"):
         assert option in shown.stdout
+    assert "required" not in shown.stdout
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
 
 def test_gpu_is_one_known_type_or_left_open():
-    assert modal_app.parse_gpu("") is None
+    assert modal_app.parse_gpu("") == ""
     assert modal_app.parse_gpu("h100") == "H100"
 
 
@@ -118,16 +122,20 @@ def test_a_wrong_gpu_is_one_clear_line(text, capsys):
 
 
 def test_every_gpu_that_may_be_given_has_a_price():
-    assert set(modal_app.GPUS + modal_app.SMALL_GPUS) <= set(modal_app.GPU_PRICES)
+    assert set(modal_app.GPUS + modal_app.SMALL_GPUS) <= set(stages.GPU_PRICES)
+
+
+def options_of(function):
+    return modal._utils.async_utils.synchronizer._translate_in(function)._options
 
 
 def test_gpu_option_reaches_the_function_and_keeps_its_cores():
-    chosen = modal_app.on_gpu(modal_app.train, "H200")
+    chosen = modal_app.chosen(modal_app.train, "H200")
     assert chosen is not modal_app.train
-    assert modal_app.on_gpu(modal_app.train, None) is modal_app.train
-    options = modal._utils.async_utils.synchronizer._translate_in(chosen)._options.resources
-    assert (options.gpu_config.gpu_type, options.gpu_config.count) == ("H200", 1)
-    assert (options.milli_cpu, options.memory_mb) == (4000, 32768)
+    assert modal_app.chosen(modal_app.train) is modal_app.train
+    resources = options_of(chosen).resources
+    assert (resources.gpu_config.gpu_type, resources.gpu_config.count) == ("H200", 1)
+    assert (resources.milli_cpu, resources.memory_mb) == (4000, 32768)
 
 
 def test_names_are_split_and_checked(capsys):
@@ -145,6 +153,71 @@ def test_a_run_name_cannot_leave_the_results_folder():
             modal_app.parse_run(text)
 
 
+@pytest.mark.parametrize("option", ["shards=0", "limit=-1", "updates=-1"])
+def test_a_wrong_count_is_one_clear_line(option, capsys):
+    name, number = option.split("=")
+    with pytest.raises(SystemExit):
+        modal_app.full_pipeline(**{name: int(number)})
+    assert capsys.readouterr().err.startswith(f"modal_app.py: --{name} {number}: give ")
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shards, expected", [
+    (1, [((1, 2, 3), ("en", "zh"))]), (2, [((1, 2, 3), ("en",)), ((1, 2, 3), ("zh",))]), (3, [((1, 2, 3), ("en",)), ((1, 2, 3), ("zh",))]),
+    (4, [((1,), ("en",)), ((2, 3), ("en",)), ((1,), ("zh",)), ((2, 3), ("zh",))]), (100, [((n,), (lang,)) for lang in ("en", "zh") for n in (1, 2, 3)])])
+def test_shards_are_all_levels_and_languages_once(shards, expected):
+    assert stages.split((1, 2, 3), ("en", "zh"), shards) == expected
+
+
+def test_every_condition_is_planned_on_its_own_levels():
+    plan = stages.plan_shards("tiny-llama", ["B_memory", "D_distractor"], "", 2)
+    assert plan == [("B_memory", "1,2,3", "en"), ("B_memory", "1,2,3", "zh"), ("D_distractor", "3", "en"), ("D_distractor", "3", "zh")]
+    assert len({stages.shard_folder("run", *shard) for shard in plan}) == 4
+    assert stages.plan_shards("tiny-llama", ["C_nothing"], "zh", 1) == [("C_nothing", "1,2,3", "zh")]
+    with pytest.raises(UserError, match="--conditions B_nothing: unknown; use some of A_context"):
+        stages.plan_shards("tiny-llama", ["B_nothing"], "", 2)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """(stage, folder) of a stage whose record is kept."""
+    stage = stages.Stage("x", (("script.py", "--n", 1),), ("read",), ("made",))
+    for name in stage.reads + stage.makes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    stages.keep(stage, tmp_path, "code", record("x"))
+    return stage, tmp_path
+
+
+def test_what_is_finished_is_known_by_its_record(kept):
+    stage, folder = kept
+    assert stages.finished(stage, folder, "code") == record("x")
+
+
+@pytest.mark.parametrize("change", ["command", "code", "read", "made", "read gone", "made gone", "made more"])
+def test_nothing_is_taken_for_finished_whose_inputs_or_files_are_others(kept, change):
+    stage, folder = kept
+    if change == "command":
+        stage = stages.Stage("x", (("script.py", "--n", 2),), stage.reads, stage.makes)
+    elif change.endswith("gone"):
+        shutil.rmtree(folder / change.split()[0])
+    elif change == "made more":
+        (folder / "made" / "other").write_text("other")
+    elif change != "code":
+        (folder / change / "file").write_text("other")
+    assert stages.finished(stage, folder, "other code" if change == "code" else "code") is None
+
+
+def test_the_code_of_a_stage_is_every_file_that_is_uploaded(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.json").write_text("1")
+    before = stages.code_sha256(tmp_path, ("data",))
+    stages.code_sha256.cache_clear()
+    (tmp_path / "data" / "a.json").write_text("2")
+    assert stages.code_sha256(tmp_path, ("data",)) != before
+
+
 # ---- cost ----------------------------------------------------------------------------------------------------------
 
 def record(stage="x", gpu="none", seconds=100.0, cores=0.0, gib=0.0):
@@ -157,18 +230,18 @@ def record(stage="x", gpu="none", seconds=100.0, cores=0.0, gib=0.0):
     ("Tesla T4", 0.000164), ("NVIDIA H100 80GB HBM3", 0.001097), ("NVIDIA H200", 0.001261), ("NVIDIA B200", 0.001736),
     ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 0.000842), ("none", 0.0), ("Some GPU 9000", None)])
 def test_price_by_the_name_the_driver_reports(driver_name, price):
-    assert modal_app.price_of(driver_name) == price
+    assert stages.price_of(driver_name) == price
 
 
 def test_cost_is_seconds_times_gpu_cores_and_memory():
-    assert modal_app.cost_of(record(gpu="NVIDIA H100 80GB HBM3", seconds=1000, cores=4, gib=32)) == pytest.approx(
+    assert stages.cost_of(record(gpu="NVIDIA H100 80GB HBM3", seconds=1000, cores=4, gib=32)) == pytest.approx(
         1000 * (0.001097 + 4 * 0.0000131 + 32 * 0.00000222))
-    assert modal_app.cost_of(record(seconds=10, cores=2, gib=4)) == pytest.approx(10 * (2 * 0.0000131 + 4 * 0.00000222))
-    assert modal_app.cost_of(record(gpu="Some GPU 9000")) is None
+    assert stages.cost_of(record(seconds=10, cores=2, gib=4)) == pytest.approx(10 * (2 * 0.0000131 + 4 * 0.00000222))
+    assert stages.cost_of(record(gpu="Some GPU 9000")) is None
 
 
 def test_cost_table_adds_up_and_says_where_a_price_is_missing():
-    table = modal_app.cost_table([record("one", "Tesla T4", 1000), record("two", "NVIDIA L4", 500), record("odd", "Abacus")])
+    table = stages.cost_table([record("one", "Tesla T4", 1000), record("two", "NVIDIA L4", 500), record("odd", "Abacus")])
     lines = table.splitlines()
     assert lines[1].split()[-1] == "0.1640" and lines[2].split()[-1] == "0.1110"
     assert lines[3].endswith("no price")
@@ -185,19 +258,20 @@ def script(folder, text):
 
 def test_a_script_is_streamed_and_its_lines_returned(tmp_path, capsys):
     path = script(tmp_path, "import os, sys; print('first'); print(sys.argv[1:], os.getcwd())")
-    assert modal_app.run_script(tmp_path, path, "--n", 3) == ["first", f"['--n', '3'] {tmp_path}"]
+    assert stages.run_script(tmp_path, tmp_path, path, "--n", 3) == ["first", f"['--n', '3'] {tmp_path}"]
     assert "first\n" in capsys.readouterr().out
 
 
 def test_a_failing_script_raises_with_its_exit_code_and_last_line(tmp_path):
     path = script(tmp_path, "import sys; print('working'); print('layer 99 does not exist', file=sys.stderr); sys.exit(2)")
-    with pytest.raises(RuntimeError, match=r"script\.py stopped with exit code 2: layer 99 does not exist$"):
-        modal_app.run_script(tmp_path, path)
+    with pytest.raises(stages.Refused, match=r"script\.py stopped with exit code 2: layer 99 does not exist$"):
+        stages.run_script(tmp_path, tmp_path, path)
 
 
 def test_a_script_that_fails_in_silence_still_raises(tmp_path):
-    with pytest.raises(RuntimeError, match="exit code 1: no output"):
-        modal_app.run_script(tmp_path, script(tmp_path, "raise SystemExit(1)"))
+    with pytest.raises(RuntimeError, match="exit code 1: no output") as raised:
+        stages.run_script(tmp_path, tmp_path, script(tmp_path, "raise SystemExit(1)"))
+    assert not isinstance(raised.value, stages.Refused)
 
 
 def test_preemption_lets_the_script_save(tmp_path):
@@ -214,7 +288,7 @@ def test_preemption_lets_the_script_save(tmp_path):
     try:
         threading.Thread(target=preempt).start()
         with pytest.raises(KeyboardInterrupt):
-            modal_app.run_script(tmp_path, path)
+            stages.run_script(tmp_path, tmp_path, path)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").exists() and not (tmp_path / "slept").exists()
@@ -224,12 +298,23 @@ def test_one_failed_job_leaves_the_others_their_records():
     class Pool:
         def starmap(self, jobs, return_exceptions):
             assert return_exceptions
-            return iter([{"stage": "B_memory"}, RuntimeError("out of memory")])
-    outcome = modal_app.call_each(Pool(), [("B_memory", "m"), ("C_nothing", "m")])
-    assert outcome == ([{"stage": "B_memory"}], ["C_nothing m: out of memory"])
-    kept = []
-    with pytest.raises(RuntimeError, match="C_nothing m: out of memory"):
-        kept.extend(modal_app.every(outcome))
+            return iter([{"stage": "B_memory"}, RuntimeError("out of memory"), {"refused": "no such adapter"}])
+    outcome = modal_app.call_each(Pool(), [("B_memory", "m"), ("C_nothing", "m"), ("A_tuned", "m")])
+    assert outcome == ([{"stage": "B_memory"}], ["C_nothing m: out of memory", "A_tuned m: no such adapter"])
+
+
+def test_what_is_finished_is_not_called_and_what_fails_is_named_last(kept, monkeypatch):
+    stage, folder = kept
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(modal_app, "code_sha256", lambda: "code")
+    called = []
+    monkeypatch.setattr(modal_app, "call_each", lambda function, jobs: called.extend(jobs) or ([record("y")], ["z: out of memory"]))
+    stages_of = {"x": stage, "y": stages.Stage("y", ()), "z": stages.Stage("z", ())}
+    records = modal_app.once(None, stages_of.get, *((name,) for name in stages_of))
+    assert next(records) == record("x") | {"seconds": 0.0, "earlier": True}
+    assert next(records) == record("y") and called == [("y",), ("z",)]
+    with pytest.raises(RuntimeError, match="z: out of memory"):
+        next(records)
 
 
 # ---- results come back ---------------------------------------------------------------------------------------------
@@ -258,63 +343,40 @@ def test_pull_refuses_a_path_that_leaves_the_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
-# ---- every body, with the scripts themselves -----------------------------------------------------------------------
+# ---- bodies, with the scripts themselves ---------------------------------------------------------------------------
 
-def in_this_process(folder, script, *arguments):
-    """modal_app.run_script without a process of its own: torch need not be loaded once more for every stage."""
+def in_this_process(code_folder, folder, script, *arguments):
+    """stages.run_script without a process of its own: torch need not be loaded once more for every script."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
         patch.chdir(folder)
-        patch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
+        patch.setattr(sys, "argv", [str(code_folder / script), *map(str, arguments)])
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            runpy.run_path(str(code_folder / script), run_name="__main__")
         except SystemExit as stop:
             if stop.code:
                 raise RuntimeError(f"{script} stopped with exit code {stop.code}: {shown.getvalue()}") from None
     return shown.getvalue().splitlines()
 
 
-@pytest.fixture
-def on_this_machine(tmp_path, monkeypatch):
-    """The pipeline with `.local()` in the place of `.remote()`, its scripts in this process, in an empty folder and without a volume to pull from."""
-    def call_each(function, jobs):
-        return [function.local(*job) for job in jobs], []
+def test_preflight_runs_every_script_and_checks_every_family(tmp_path, monkeypatch):
+    """Not with A_tuned: the command that trains it differs in one word."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(modal_app, "call", lambda function, *arguments: function.local(*arguments))
-    monkeypatch.setattr(modal_app, "call_each", call_each)
-    monkeypatch.setattr(modal_app, "pull", lambda folder: None)
-    monkeypatch.setattr(modal_app, "run_script", in_this_process)
-    return tmp_path
-
-
-def test_full_pipeline_through_local(on_this_machine, monkeypatch, capsys):
-    real = modal_app.train_command  # with fewer conversations an update than the script's own 32, which the pipeline leaves alone
-    monkeypatch.setattr(modal_app, "train_command", lambda *arguments: [*real(*arguments), "--conversations", 2, "--groups", "1,2", "--form", "plain"])
-    monkeypatch.setattr(modal_app, "smoke", SimpleNamespace(local=lambda *arguments: record("smoke")))
-    modal_app.full_pipeline(model="tiny-llama", updates=1, limit=1, conditions="B_memory,C_nothing", langs="en")
-    results = on_this_machine / "results"
-    assert {path.name for path in results.iterdir()} == {
-        "tiny-llama-recall", "tiny-llama-recall-B_memory", "tiny-llama-recall-C_nothing"}
-    assert (results / "tiny-llama-recall" / "report.json").is_file()
-    stages = capsys.readouterr().out.split("stage  ")[-1]
-    for name in ("build", "smoke", "train tiny-llama-recall", "sanity", "B_memory", "C_nothing", "evaluate", "total"):
-        assert name in stages
-
-
-def test_smoke_through_local(on_this_machine):
-    shown = modal_app.smoke.local(conditions="B_memory", langs="en")
-    assert shown["seconds"] > 0 and shown["stage"] == "smoke"
+    monkeypatch.setattr(stages, "run_script", in_this_process)
+    monkeypatch.setattr(stages, "LAST_LINES", 10**6)
+    shown = modal_app.preflight.local(conditions="B_memory", langs="en")
+    assert shown["seconds"] > 0 and shown["stage"] == "preflight"
+    assert any("results/tiny/report.json" in line for line in shown["lines"])
     lines = shown["lines"][:shown["lines"].index("all checks pass")]  # sanity.py --tiny: every check, on every family
     assert [line.split()[0] for line in lines if line.startswith("tiny-")] == list(FAMILIES)
     checks = [line.split()[:2] for line in lines if line.startswith(("PASS", "FAIL"))]
     expected = [check.__name__ for check in sanity.CHECKS if check not in sanity.NEEDS_TRAINING]
     assert checks == [["PASS", name] for name in expected] * len(FAMILIES)
-    assert not any(on_this_machine.iterdir())  # it leaves nothing behind
+    assert [path.name for path in tmp_path.iterdir()] == [stages.KEPT]  # what the scripts wrote is gone
 
 
-def test_a_refused_option_names_the_script(tmp_path, monkeypatch):
-    """A stage's script as the process that it is on Modal."""
+def test_a_refusal_names_the_script_is_not_retried_and_leaves_no_record(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError, match=r"evaluate\.py stopped with exit code 2: .*no-such-run"):
-        modal_app.evaluate.local("no-such-run", "B_memory")
+    refused = modal_app.evaluate.local("no-such-run", ("results/no-such-run",))["refused"]  # it would be retried if it were raised
+    assert refused.startswith("evaluate.py stopped with exit code 2: ") and "no-such-run" in refused
+    assert not (tmp_path / stages.KEPT).exists()
