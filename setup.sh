@@ -87,7 +87,7 @@ say_next() {
         echo "  bash setup.sh demo                  or first the small run on the committed adapter"
     else
         echo "  bash setup.sh demo                  the experiment on this machine, minutes, no GPU needed"
-        echo "  modal run modal_app.py              the full experiment on a rented GPU, with a Modal account"
+        echo "  modal run modal_app.py::full_pipeline   the full experiment on a rented GPU, with a Modal account"
     fi
     echo "  bash setup.sh test                  the test suite"
 }

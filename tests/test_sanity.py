@@ -227,7 +227,7 @@ def adapter(tmp_path_factory):
     return folder
 
 
-# sanity.py --tiny as a user runs it is the first command of the smoke stage: test_smoke_through_local in test_modal_app.py.
+# sanity.py --tiny as a user runs it is the first command of the preflight stage: test_preflight_runs_every_script_and_checks_every_family in test_modal_app.py.
 
 
 def test_a_model_with_its_adapter(monkeypatch, capsys, benchmark, adapter):
