@@ -55,6 +55,12 @@ def meets(query_BMK: torch.Tensor, key_BSK: torch.Tensor, sizes: tuple[int, int]
     return (query_a @ key_a.transpose(-1, -2)) * (query_b @ key_b.transpose(-1, -2))
 
 
+def times(key_BSK: torch.Tensor, factor_BS: torch.Tensor, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """Each key times its factor; of codes the first one takes it."""
+    codes = (key_BSK,) if sizes is None or key_BSK.shape[-1] != sum(sizes) else key_BSK.split(sizes, -1)
+    return torch.cat([codes[0] * factor_BS.unsqueeze(-1), *codes[1:]], -1)
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64).
