@@ -261,9 +261,26 @@ class FastWeight(nn.Module):
         read attention."""
         return self._features(x, h, "query")
 
-    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
-        """Queries [B, L, K] that also know what is gathered around them."""
-        return self._features(beside(x_BLD, asked_BLZ), h_BLF, "query")
+    def informed_query(self, x_BLD: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
+        """Queries [B, L, K], in x's dtype, that also know what is gathered around them."""
+        return self.unit_codes(beside(x_BLD, asked_BLZ) @ self.query_code + self.query_bias)
+
+    def lead(self, inject_DZ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that a deep arm's x is multiplied with when it is asked, and its bias: the read stream's I, the query's code, the read gate."""
+        gate = [(self.open.unsqueeze(-1), self.open_bias)] if self.config.read_gate else []
+        parts = [(inject_DZ, inject_DZ.new_zeros(inject_DZ.shape[1])), (self.query_code[:len(inject_DZ)], self.query_bias), *gate]
+        return tuple(torch.cat(some, -1) for some in zip(*parts))
+
+    def led(self, x_BLD: torch.Tensor, lead: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """(x I [B, L, Z], the query's code of x alone [B, L, K], and with the read gate its logit [B, L, 1])."""
+        codes, gate = sum(self.sizes), int(self.config.read_gate)
+        weight, bias = lead
+        widths = [len(bias) - codes - gate, codes] + [1] * gate
+        return nn.functional.linear(x_BLD, weight.T, bias).split(widths, -1)
+
+    def led_query(self, coded_BLK: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
+        """informed_query where x's share of the code is there already."""
+        return self.unit_codes(coded_BLK + asked_BLZ @ self.query_code[-asked_BLZ.shape[-1]:])
 
     def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen):
         """What the read attention gathers from the question so far, [B, L, Z], and its keys and values so far.
@@ -274,18 +291,21 @@ class FastWeight(nn.Module):
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:
-            first, second = (x @ getattr(self, f"{name}_code") + getattr(self, f"{name}_bias")).split(self.sizes, -1)
-            return torch.cat([unit(first), unit(second)], -1).to(h.dtype)
+            return self.unit_codes(x @ getattr(self, f"{name}_code") + getattr(self, f"{name}_bias")).to(h.dtype)
         if self.config.key_map:
             mapped = x @ getattr(self, f"{name}_in") @ getattr(self, f"{name}_up")
             return unit(mapped.relu().square()).to(h.dtype)  # squared: a key meets few others
         return unit(h) if self.config.unit_keys else h
 
-    def taken(self, x: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
-        """Of what is read (`met`, [..., D]) what the tokens x take: all of it without the read gate."""
+    def unit_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Both codes on their unit spheres, [..., K]."""
+        return torch.cat([unit(code) for code in codes.split(self.sizes, -1)], -1)
+
+    def taken(self, x: torch.Tensor, met: torch.Tensor, logit: torch.Tensor | None = None) -> torch.Tensor:
+        """Of what is read (`met`, [..., D]) what the tokens x take: all of it without the read gate. logit: of the gate by x, where the caller has it."""
         if not self.config.read_gate:
             return met
-        logit = x @ self.open + self.open_bias
+        logit = x @ self.open + self.open_bias if logit is None else logit
         if self.config.threshold:  # sigmoid(a log m + b): a share that rises from 0 with the strength of what is read
             strength = torch.linalg.vector_norm(met.to(logit.dtype), dim=-1) / (met.shape[-1] ** 0.5 * EMBED_SHARE * self.value_unit)
             logit = logit + self.open_met * strength.clamp(min=1e-3).log()

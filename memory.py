@@ -132,10 +132,13 @@ class LayerMemory:
         if self.is_dense:
             out_BMD = expand(query_BMF, self.sizes).to(self.update.dtype) @ self.update.transpose(1, 2)
         else:
-            # a dense update that was compacted has keys of the update's dtype; codes are few numbers, so they meet in float32
-            keys = self.keys.to(self.values.dtype) if self.sizes else self.keys
+            keys = self.ready().keys  # a dense update that was compacted has keys of the update's dtype
             out_BMD = meets(query_BMF.to(keys.dtype), keys, self.sizes).to(self.values.dtype) @ self.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
+
+    def ready(self) -> "LayerMemory":
+        """The same memory as it is read over and over: codes are few numbers, so they meet in float32, and are cast once for all calls."""
+        return self if self.is_dense or not self.sizes else replace(self, keys=self.keys.to(self.values.dtype))
 
     def to_dense(self) -> "LayerMemory":
         if self.is_dense:

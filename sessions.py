@@ -31,6 +31,8 @@ class Reader:
         self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
         self.queries: dict[int, torch.Tensor] = {}
         self.needs_embeddings = owner.config.deep
+        self._layers = {index: layer.ready() for index, layer in memory.layers.items()}
+        self._leads = {index: owner.fast[str(index)].lead(owner.streams["read"].inject(index)) for index in owner.config.layers} if owner.config.deep else {}
         self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
         self._seen: dict[int, tuple | FixedPair] = {}  # the read attention's keys and values by layer
         self._real_BT = self._bias_BHLT = None
@@ -76,23 +78,33 @@ class Reader:
         self._stream_BLZ = self.owner.streams["read"].begin(self.owner.fast[str(self.owner.config.layers[0])].scaled(output))
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
-        fast = self.owner.fast[str(index)]
+        fast, opening_BL = self.owner.fast[str(index)], None
         x_BLD = fast.scaled(x_BLD)
-        query_BLF = self._informed(index, fast, x_BLD, h_BLF) if self.owner.config.read_attention else fast.query(x_BLD, h_BLF)
+        if self.owner.config.deep:
+            query_BLF, opening_BL = self._deep_query(index, fast, x_BLD)
+        elif self.owner.config.read_attention:
+            asked_BLZ, self._seen[index] = fast.look_back(x_BLD, self._bias_BHLT, self._announced(index, x_BLD))
+            query_BLF = fast.informed_query(x_BLD, asked_BLZ)
+        else:
+            query_BLF = fast.query(x_BLD, h_BLF)
         if self.watch_BL is not None:
-            self.queries[index] = query_BLF[self.watch_BL]
-        return fast.taken(x_BLD, self.memory.layers[index].read(query_BLF))
+            self.queries[index] = query_BLF[self.watch_BL].to(h_BLF.dtype)  # as the keys are
+        return fast.taken(x_BLD, self._layers[index].read(query_BLF), opening_BL)
 
-    def _informed(self, index: int, fast: FastWeight, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
+    def _announced(self, index: int, x_BLD: torch.Tensor) -> tuple | FixedPair | None:
+        """What was seen in the calls before; RuntimeError for a call that was not announced."""
         seen = self._seen.get(index)
         length = seen.keys.shape[2] if isinstance(seen, FixedPair) else x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
         if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
             raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
-        if self.owner.config.deep:
-            self._stream_BLZ, self._seen[index] = self.owner.streams["read"](index, self._stream_BLZ, x_BLD, self._bias_BHLT, seen)
-            return fast.informed_query(x_BLD, h_BLF, unit_rms(self._stream_BLZ))
-        asked_BLZ, self._seen[index] = fast.look_back(x_BLD, self._bias_BHLT, seen)
-        return fast.informed_query(x_BLD, h_BLF, asked_BLZ)
+        return seen
+
+    def _deep_query(self, index: int, fast: FastWeight, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(queries, the read gate's logits): what x is multiplied with for stream, query and gate is one product."""
+        seen, stream = self._announced(index, x_BLD), self.owner.streams["read"]
+        injected_BLZ, coded_BLK, *opening = fast.led(x_BLD, self._leads[index])
+        self._stream_BLZ, self._seen[index] = stream(index, self._stream_BLZ, injected_BLZ, self._bias_BHLT, seen)
+        return fast.led_query(coded_BLK, unit_rms(self._stream_BLZ)), opening[0].squeeze(-1) if opening else None
 
 
 @dataclass
@@ -246,7 +258,8 @@ class Writer:
         """The write stream behind a layer, [B, S, Z]; `before` is None at the first layer."""
         stream, fast = self.owner.streams["write"], self.owner.fast[str(index)]
         before_BSZ = stream.begin(fast.scaled(held.source)) if before_BSZ is None else before_BSZ
-        return stream(index, before_BSZ, fast.scaled(held.x), write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
+        injected_BSZ = fast.scaled(held.x) @ stream.inject(index)
+        return stream(index, before_BSZ, injected_BSZ, write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
 
     def _layers_at_once(self, pending: dict[int, Pending]):
         """of_layers(method, alike, by_layer): what the FastWeights' method gives for the held tokens, for all layers in one batched pass: they

@@ -96,7 +96,14 @@ class LongBias:
 
     def fused(self, flex, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
         """By flex_attention (flex: compiled or as it is), which makes the bias where it needs it."""
-        position_BS, real_BS, slopes_H = self.position, self.real, slopes(self.heads, self.dtype, q_BHSE.device)
+        falling, blocks = self._for_flex
+        return flex(q_BHSE, k_BHSE, v_BHSE, score_mod=falling, block_mask=blocks)
+
+    @functools.cached_property
+    def _for_flex(self) -> tuple[Callable, BlockMask]:
+        """(the bias of a pair, which pairs there are), made once for all layers. A block of queries looks at the blocks of keys up to its own,
+        in a head that also looks ahead at all of them."""
+        position_BS, real_BS, slopes_H = self.position, self.real, slopes(self.heads, self.dtype, self.real.device)
 
         def falling(score, b, h, i, j):
             return score - slopes_H[h] * (position_BS[b, j] - position_BS[b, i]).abs()
@@ -104,20 +111,12 @@ class LongBias:
         def allowed(b, h, i, j):
             return ((real_BS[b, i] & real_BS[b, j]) | (i == j)) & ((h % 2 == 0) | (position_BS[b, j] <= position_BS[b, i]))
 
-        return flex(q_BHSE, k_BHSE, v_BHSE, score_mod=falling, block_mask=self.blocks(allowed))
-
-    @functools.cached_property
-    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many blocks of keys each block of queries looks at, [1, H, N], and which, [1, H, N, N]: all before it, in a head that looks ahead too all."""
-        count = -(-self.real.shape[1] // BLOCK)
-        block_N = torch.arange(count, dtype=torch.int32, device=self.real.device)
-        both = torch.full_like(block_N, count)
-        counts_HN = torch.stack([block_N + 1 if head % 2 else both for head in range(self.heads)])
-        return counts_HN[None], block_N.expand(1, self.heads, count, count).contiguous()
-
-    def blocks(self, allowed) -> BlockMask:
-        length = self.real.shape[1]
-        return BlockMask.from_kv_blocks(*self._places, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length))
+        length = real_BS.shape[1]
+        count = -(-length // BLOCK)
+        block_N = torch.arange(count, dtype=torch.int32, device=real_BS.device)
+        looks_at_HN = torch.stack([block_N + 1 if head % 2 else torch.full_like(block_N, count) for head in range(self.heads)])
+        which_HNN = block_N.expand(self.heads, count, count).contiguous()
+        return falling, BlockMask.from_kv_blocks(looks_at_HN[None], which_HNN[None], BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length))
 
 
 class Fused:
@@ -127,7 +126,7 @@ class Fused:
         self.failed, self.compiled = False, None
 
     def __call__(self, bias: LongBias, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
-        self.compiled = self.compiled or torch.compile(flex_attention)
+        self.compiled = self.compiled or torch.compile(flex_attention, fullgraph=True)  # never in silence uncompiled, which lays out all pairs
         try:
             return bias.fused(self.compiled, q_BHSE, k_BHSE, v_BHSE)
         except torch.OutOfMemoryError:
@@ -164,9 +163,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Parameter(draw(width, WIDER * width)), nn.Parameter(0.1 * draw(WIDER * width, width))
         self.dropout = nn.Dropout(0.0)  # of what a block adds to the stream; training sets its share
 
-    def forward(self, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | FixedPair | None):
-        """(s [B, L, Z], the heads' keys and values so far); seen: see look."""
-        s_BLZ = before_BLZ + x_BLD @ self.inject
+    def forward(self, before_BLZ: torch.Tensor, injected_BLZ: torch.Tensor, bias_BHLT: torch.Tensor | LongBias, seen: tuple | FixedPair | None):
+        """(s [B, L, Z], the heads' keys and values so far); injected: x I; seen: see look."""
+        s_BLZ = before_BLZ + injected_BLZ
         gathered_BLZ, seen = look(unit_rms(s_BLZ) @ self.attend, bias_BHLT, seen)
         s_BLZ = s_BLZ + self.dropout(gathered_BLZ.to(s_BLZ.dtype))
         return s_BLZ + self.dropout(gelu(unit_rms(s_BLZ) @ self.up) @ self.down), seen
@@ -184,6 +183,10 @@ class SideStream(nn.Module):
         """s before the first TTT layer, [B, L, Z]."""
         return embed_BLD @ self.start
 
-    def forward(self, index: int, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None = None):
+    def inject(self, index: int) -> torch.Tensor:
+        """I of TTT layer `index`, [D, Z]."""
+        return self.blocks[str(index)].inject
+
+    def forward(self, index: int, before_BLZ: torch.Tensor, injected_BLZ: torch.Tensor, bias_BHLT: torch.Tensor | LongBias, seen: tuple | FixedPair | None = None):
         """(s behind TTT layer `index`, the heads' keys and values so far); see Block."""
-        return self.blocks[str(index)](before_BLZ, x_BLD, bias_BHLT, seen)
+        return self.blocks[str(index)](before_BLZ, injected_BLZ, bias_BHLT, seen)
