@@ -44,11 +44,11 @@ class BaseCost:
         """A prompt and so many new tokens behind it; the last of them is not read."""
         return self.forward(prompt + new - 1, before, predicted=new)
 
-    def next_token(self, length: int, first: int = 0) -> float:
-        """Forward and backward of the next-token loss, the base frozen: the gradient goes through the head and the layers above `first`,
-        where attention's backward pass takes twice its forward pass."""
-        back = (self.layers - first) / self.layers * (2 * self.body * length + 8 * self.attention * self.layers * pairs(length)) + 2 * self.head * length
-        return self.forward(length, predicted=length) + back
+    def backward(self, length: int, before: int = 0, predicted: int = 1, first: int = 0) -> float:
+        """The gradient of the same to the layers' inputs, the base frozen: through the head and the layers above `first`; attention's backward
+        pass takes twice its forward pass."""
+        share = (self.layers - first) / self.layers
+        return share * (2 * self.body * length + 8 * self.attention * self.layers * pairs(length, before)) + 2 * self.head * predicted
 
 
 @dataclass(frozen=True)
