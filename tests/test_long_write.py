@@ -1,4 +1,6 @@
 """Writing long texts: what is done in pieces, fused or left out for them gives the memory that the plain way gives."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, batch_of, tiny, token_rows
@@ -10,8 +12,12 @@ import sessions
 import side_stream
 from decoding import write_rows
 from fast_weight import fit, solve
+from in_place_ttt import InPlaceTTT
 from memory import LayerMemory, expand
+from model_utils import MODELS, every_sixth, load_model
+from objectives import OBJECTIVES
 from sessions import Pending, joined
+from training_data import Batch, Example
 
 DEEP = dict(chunk=None, codes=True, write_attention=2, read_attention=1, deep=True, blind=True, target="both", unit_targets=True, gate=True, rule="ridge")
 PAD = 256
@@ -181,3 +187,34 @@ def test_an_error_while_a_text_is_dropped_leaves_the_base_whole(attach, monkeypa
     with pytest.raises(ZeroDivisionError):
         write_rows(loaded.model, ttt, token_rows((9,)), PAD, dropped=True)
     assert len(loaded.model.get_decoder().layers) == 4
+
+
+# ---- no gradient below the first TTT layer ----
+
+@torch.enable_grad()
+@pytest.mark.parametrize("objective", ["recall", "lm"])
+def test_nothing_below_the_first_layer_is_kept_for_a_backward_pass(objective):
+    """Layers 0 and 1 stand below it: what they give asks for no gradient, what stands above does."""
+    loaded, wants = load_model("tiny-qwen3"), []
+    row = loaded.row
+    config = replace(row.codes, layers=(2, 3)) if objective == "recall" else replace(row.plain, layers=(2, 3), chunk=8)
+    ttt = InPlaceTTT(loaded.model, config)
+    hooks = [layer.register_forward_hook(lambda module, args, out, i=i: wants.append((i, (out[0] if isinstance(out, tuple) else out).requires_grad)))
+             for i, layer in enumerate(loaded.model.get_decoder().layers)]
+    text, head, question, answer = token_rows((40, 9, 6, 3))
+    batch = Batch([Example(text, head, [(question, answer)])]) if objective == "recall" else [text]
+    step = OBJECTIVES[objective](loaded, ttt, batch, torch.device("cpu"))
+    step.loss.backward()
+    for hook in hooks:
+        hook.remove()
+    ttt.detach()
+    assert wants[-4:] == [(0, False), (1, False), (2, True), (3, True)] and not any(want for _, want in wants[:-4])
+    assert all(p.grad is not None for name, p in ttt.named_parameters() if "conv" in name)
+
+
+def test_large_rows_begin_at_layer_two():
+    for name, last in (("qwen3-0.6b", 26), ("qwen3-8b", 32)):
+        for form in ("codes", "plain"):
+            layers = getattr(MODELS[name], form).layers
+            assert layers[0] == 2 and layers[-1] == last and {b - a for a, b in zip(layers, layers[1:])} == {6}
+    assert every_sixth(1) == (0,) and every_sixth(2) == (1,) and every_sixth(4) == (2,)
