@@ -54,7 +54,7 @@ class Sizes:
     rounds: int
 
 
-SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 4, 16, 32), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
+SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 4, 8, 16), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
          "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (TEXT, 512, 2048), (64, 16), 1024, 2, 3)}
 
 
@@ -355,13 +355,15 @@ def main() -> None:
     print(f"memories: {arguments.adapter}" if arguments.adapter else
           f"memories: an untrained adapter; sparse gates are set at random so that about {arguments.slots:.3f} of the tokens leave a slot, as trained ones do")
     print(HEADER)
-    for part in arguments.parts.split(","):
-        PARTS[part](bench)
     out = Path(arguments.out) / f"{row.name}-{device.type}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_name(out.name + ".json"), {
-        "model": row.name, "weights": arguments.weights, "scored": False, "parameters": loaded.parameters, "adapter": arguments.adapter, "slots": None if arguments.adapter else arguments.slots, "device": reason,
-        "threads": torch.get_num_threads(), "sizes": asdict(bench.sizes), "machine_and_bytes": bench.facts, "lines": [asdict(line) for line in bench.lines], **provenance()})
+    about = {"model": row.name, "weights": arguments.weights, "scored": False, "parameters": loaded.parameters, "adapter": arguments.adapter,
+             "slots": None if arguments.adapter else arguments.slots, "device": reason, "threads": torch.get_num_threads(), "sizes": asdict(bench.sizes)}
+    asked = arguments.parts.split(",")
+    for done, part in enumerate(asked, 1):
+        PARTS[part](bench)
+        # after each part: a run that is cut off keeps what it measured
+        write_json(out.with_name(out.name + ".json"), about | {"parts": asked[:done], "machine_and_bytes": bench.facts, "lines": [asdict(line) for line in bench.lines]} | provenance())
     draw(bench.lines, row.name, out.with_name(out.name + ".png"))
     print(f"Report: {out}.json; figure: {out}.png")
 

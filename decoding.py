@@ -115,7 +115,9 @@ def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memor
     with ttt.write(memory) as writer, lowest(model, max(ttt.config.layers) + 1) if dropped else contextlib.nullcontext():
         for ids, mask in segments(model, rows, pad_id):
             _, past = forward_all(model, ids, mask, past, writer, keep=None)
-    return writer.memory(), None if dropped else past
+    if dropped:
+        past = None  # before memory() needs the room
+    return writer.memory(), past
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from bench_whole import public_seconds
 from in_place_ttt import InPlaceTTT, TTTConfig
-from manifests import run_script
+from manifests import UserError, run_script
 from decoding import prefill, write_rows
 from model_utils import load_model
 from objectives import lm_step
@@ -225,6 +225,15 @@ def test_the_operations_of_a_memory_are_those_that_torch_counts(tiny, what):
             predicted = cost.read(length + bench.NEW - 1, slots, what == "read dense")
             unseen = 2 * 4 * 64 * (length * (length - 1) / 2 + sum(bench.NEW - n for n in range(1, bench.NEW)))
         assert added == pytest.approx(predicted + unseen, rel=0.1)
+
+
+def test_a_run_that_ends_early_keeps_the_parts_before(run, monkeypatch):
+    def broken(bench):
+        raise UserError("no power")
+
+    monkeypatch.setitem(bench.PARTS, "train", broken)
+    code, report, *_ = run("--parts", "machine,bytes,train,whole")
+    assert code == 2 and report["parts"] == ["machine", "bytes"] and report["machine_and_bytes"]["bytes"]
 
 
 def text_in(out, line):
