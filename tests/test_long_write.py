@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, batch_of, tiny, token_rows
+from conftest import FAMILIES, batch_of, run, tiny, token_rows
 from torch.nn.attention.flex_attention import flex_attention
 
 import decoding
@@ -218,3 +218,39 @@ def test_large_rows_begin_at_layer_two():
             layers = getattr(MODELS[name], form).layers
             assert layers[0] == 2 and layers[-1] == last and {b - a for a, b in zip(layers, layers[1:])} == {6}
     assert every_sixth(1) == (0,) and every_sixth(2) == (1,) and every_sixth(4) == (2,)
+
+
+# ---- asking a deep arm ----
+
+def test_a_deep_arm_asks_and_takes_by_its_formulas(family, attach):
+    """Stream, query and gate share one product; here each is made by itself, as side_stream.py and fast_weight.py write them."""
+    ttt = attach(family, layers=(1, 2), **DEEP | {"read_gate": True, "threshold": True, "read_attention": 2})
+    memory = write_rows(family.model, ttt, token_rows((19, 13)), PAD)[0]
+    ids, mask = batch_of(token_rows((7, 5), seed=4))
+    given, gave = {}, {}
+    hooks = [family.model.get_decoder().layers[i].mlp.register_forward_hook(lambda module, args, out, i=i: given.update({i: args[0]}) or gave.update({i: out})) for i in (1, 2)]
+    embedded = family.model.get_input_embeddings().register_forward_hook(lambda module, args, out: given.update(embedded=out))
+    with ttt.read(memory, watch_BL=mask.bool()) as reader:
+        reader.expect(mask)
+        run(family.model, ids, mask)
+    for hook in (*hooks, embedded):
+        hook.remove()
+    place, unit_rms = mask.cumsum(1), side_stream.unit_rms
+    seen = (mask[:, None, :].bool() & torch.ones(ids.shape[1], ids.shape[1]).tril().bool()) | torch.eye(ids.shape[1]).bool()
+    bias = side_stream.distance_bias(place, place, seen, 2, torch.float64)
+    stream = unit_rms(given["embedded"]) @ ttt.streams["read"].start
+    for i in (1, 2):
+        fast, block, x = ttt.fast[str(i)], ttt.streams["read"].blocks[str(i)], unit_rms(given[i])
+        stream = stream + x @ block.inject
+        gathered = side_stream.plain_attention(*side_stream.split_heads(unit_rms(stream) @ block.attend, torch.float64), bias)
+        stream = stream + gathered.transpose(1, 2).flatten(2)
+        stream = stream + torch.nn.functional.gelu(unit_rms(stream) @ block.up) @ block.down
+        first, second = (torch.cat([x, unit_rms(stream)], -1) @ fast.query_code + fast.query_bias).split(fast.sizes, -1)
+        query = torch.cat([first / first.norm(dim=-1, keepdim=True), second / second.norm(dim=-1, keepdim=True)], -1)
+        torch.testing.assert_close(reader.queries[i], query[mask.bool()], atol=1e-9, rtol=1e-9)
+        met = expand(query, fast.sizes) @ memory.layers[i].to_dense().update.transpose(1, 2)
+        strength = met.norm(dim=-1) / (met.shape[-1] ** 0.5 * fast_weight.EMBED_SHARE * fast.value_unit)
+        share = torch.sigmoid(x @ fast.open + fast.open_bias + fast.open_met * strength.clamp(min=1e-3).log())
+        took = gave[i] - family.model.get_decoder().layers[i].mlp.base(given[i])
+        torch.testing.assert_close(took[mask.bool()], (met * share.unsqueeze(-1))[mask.bool()], atol=1e-9, rtol=1e-7)
+        assert took.abs().max() > 1e-3
