@@ -5,41 +5,37 @@
 
 Every case runs each way once a round, in turn, after one warm-up of each, and reports medians over the rounds; a ratio is the median of the
 rounds' own ratios. Answers have exactly NEW tokens: nothing stops early by luck. Random weights have the shapes, the memory and the speed of
-the real ones, and no meaning. Floors: operations over the measured rate of matrix products, bytes over the measured rate of copies, whichever
-is more. Prints one table; writes OUT/MODEL-DEVICE.json and .png. BENCH.md says what was learned.
+the real ones, and no meaning. Operations are those that the work needs (operations.py). Floors: operations over the measured rate of matrix
+products, bytes over the measured rate of copies, whichever is more. Prints one table; writes OUT/MODEL-DEVICE.json and .png. BENCH.md says what was learned.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 
-import benchmark_file
-from conditions import CONDITIONS, Texts, answer, plan, text_length
+from bench_report import HEADER, Line, draw, text_of
+from bench_whole import whole
 from decoding import SEGMENT, answers_to, heard, kv_bytes_per_token, prefill, write_rows
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from objectives import lm_step, recall_step
-from public_way import CHUNK, PublicWay
+from operations import BaseCost, MemoryCost
+from public_way import CHUNK, NEW, PROMPT, TEXT, TRAINED, PublicWay
 from training_data import Batch, Example
 
-matplotlib.use("Agg")
-
-NEW = 32            # new tokens of every answer, as the public attempt's
-PROMPT = 50         # tokens of a question's prompt
-TEXT = 140          # tokens of a conversation
-TRAINED = 512       # tokens of a training sequence
+SLOTS = 1 / 6       # share of a text's tokens that the trained gates of the small arms leave a slot for
 TOKENIZER_OF = "smollm2-135m"  # what cuts the texts for random weights: any that cuts like the real one will do
-WAY_COLORS = {"public": "#D55E00", "base": "#999999"}
 
 
 @dataclass(frozen=True)
@@ -58,46 +54,58 @@ class Sizes:
     rounds: int
 
 
-SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 4, 16, 32), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 5),
+SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 4, 8, 16), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
          "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (TEXT, 512, 2048), (64, 16), 1024, 2, 3)}
 
 
-@dataclass
-class Line:
-    """One way through one case. seconds: median, of a unit; ratio: to the case's first way; floor: seconds that the machine cannot beat;
-    peak_gb: above what lay on the device before (None on a CPU)."""
+class Way(NamedTuple):
+    """One way through a case: call does `units` of it, and each needs so many operations (work) and bytes to be moved (moved), or more."""
 
-    part: str
-    case: str
-    way: str
-    seconds: float
-    ratio: float
-    tokens_per_s: float
-    floor: float | None
-    peak_gb: float | None
+    call: Callable
+    units: int
+    work: float
+    moved: float = 0.0
 
 
 class Bench:
     """The base, the sizes, what was measured of the machine, and the lines so far."""
 
-    def __init__(self, loaded: Loaded, sizes: Sizes, form: str = "codes", adapter: str | None = None, benchmark: str = "benchmark_v1.json"):
+    def __init__(self, loaded: Loaded, sizes: Sizes, form: str = "codes", adapter: str | None = None, benchmark: str = "benchmark_v1.json", slots: float = SLOTS):
         self.loaded, self.sizes, self.form, self.adapter, self.benchmark, self.lines, self.facts = loaded, sizes, form, adapter, benchmark, [], {}
-        self.model, self.pad, self.device = loaded.model, loaded.tokenizer.pad_token_id, loaded.device
-        self.generator = torch.Generator().manual_seed(0)
-        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        self.multiplied = loaded.parameters - (0 if head is table else table.numel())  # numbers that a token is multiplied with
+        self.model, self.pad, self.device, self.slots = loaded.model, loaded.tokenizer.pad_token_id, loaded.device, slots
+        self.generator, self.cost = torch.Generator().manual_seed(0), BaseCost.of(loaded.model)
+        self.weights = (self.cost.body + self.cost.head) * self.model.dtype.itemsize  # bytes that every forward call reads
 
     @contextlib.contextmanager
     def attached(self, config=None):
-        """An adapter on the base for so long: the one asked for, or a new one with these settings."""
+        """An adapter on the base for so long: the one asked for, or a new one with these settings, whose sparse gates are thinned."""
         if config is None and self.adapter:
             ttt, _ = load_adapter(self.adapter, self.loaded)
         else:
             ttt = InPlaceTTT(self.model, config or getattr(self.loaded.row, self.form))
+            if ttt.config.sparse:
+                self.thin(ttt)
         try:
             yield ttt
         finally:
             ttt.detach()
+
+    @torch.no_grad()
+    def thin(self, ttt) -> None:
+        """Gates of random numbers, with biases at which a share `slots` of the tokens leaves a slot. Trained gates leave few; new ones all."""
+        for fast in ttt.fast.values():
+            fast.gate.copy_(torch.randn(len(fast.gate), generator=self.generator) / len(fast.gate) ** 0.5)
+        with ttt.write(differentiable=True) as writer:  # differentiable: the writer then keeps every token's gate
+            ids = torch.tensor(self.rows(8, TEXT), device=self.device)
+            writer.expect(torch.ones_like(ids))
+            self.model.get_decoder()(input_ids=ids, use_cache=False)
+        writer.memory()
+        for index, worth_BS in zip(sorted(ttt.config.layers), writer.slots.worth):
+            fast = ttt.fast[str(index)]
+            fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_BS.flatten().quantile(1 - self.slots)
+
+    def memory_cost(self, ttt) -> MemoryCost:
+        return MemoryCost(ttt.config, *ttt.down_proj(ttt.config.layers[0]).weight.shape)
 
     def rows(self, count: int, length: int) -> list[list[int]]:
         return torch.randint(0, 250, (count, length), generator=self.generator).tolist()
@@ -116,28 +124,27 @@ class Bench:
         seconds = time.perf_counter() - begun
         return seconds, (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else None
 
-    def floor(self, tokens: int, calls: int = 1, moved: int = 0, passes: int = 1) -> float | None:
-        """Seconds below which no way gets: the products of so many tokens with the weights, or reading the weights in every forward call
-        and `moved` more bytes; None before the machine was measured. passes: 3 where there is a backward pass through everything."""
-        if not self.facts:
-            return None
-        weights = self.multiplied * self.model.dtype.itemsize
-        return max(passes * 2 * self.multiplied * tokens / self.facts["tflops"] / 1e12, (passes * calls * weights + moved) / self.facts["gb_per_s"] / 1e9)
-
-    def compare(self, part: str, case: str, ways: dict, tokens: int, floor: float | None = None) -> None:
-        """Time the ways of a case in turn, round by round, and keep a line of each. ways: {name: (function, how many units one call does)};
-        tokens and floor: of one unit. The first way is what the others are held against; one that the device has no memory for is left out."""
-        ways = {way: call for way, call in ways.items() if self.fits(part, case, way, call[0])}
-        taken = {way: [] for way in ways}
+    def compare(self, part: str, case: str, ways: dict[str, Way], tokens: int) -> None:
+        """Time the ways of a case in turn, round by round, and keep a line of each. tokens: of one unit. The first way is what the others
+        are held against; one that the device has no memory for is left out."""
+        ways = {name: way for name, way in ways.items() if self.fits(part, case, name, way.call)}
+        taken = {name: [] for name in ways}
         for _ in range(self.sizes.rounds):
-            for way, (function, units) in ways.items():
-                seconds, peak = self.clock(function)
-                taken[way].append((seconds / units, peak))
-        for way, rounds in taken.items():
-            seconds = statistics.median(s for s, _ in rounds)
+            for name, way in ways.items():
+                seconds, peak = self.clock(way.call)
+                taken[name].append((seconds / way.units, peak))
+        for name, rounds in taken.items():
             ratio = statistics.median(s / other for (s, _), (other, _) in zip(rounds, next(iter(taken.values()))))
-            self.lines.append(Line(part, case, way, seconds, ratio, tokens / seconds, floor, max((p for _, p in rounds if p is not None), default=None)))
-            print(text_of(self.lines[-1]), flush=True)
+            peak = max((p for _, p in rounds if p is not None), default=None)
+            self.keep(part, case, name, statistics.median(s for s, _ in rounds), ratio, tokens, ways[name].work, ways[name].moved, peak)
+
+    def keep(self, part: str, case: str, way: str, seconds: float, ratio: float, tokens: int, work: float, moved: float, peak: float | None) -> None:
+        """Keep a line and print it. Rates and floors that need the machine's are None before it was measured."""
+        tflops, share, floor = work / seconds / 1e12, None, None
+        if self.facts.get("tflops"):
+            share, floor = tflops / self.facts["tflops"], max(work / self.facts["tflops"] / 1e12, moved / self.facts["gb_per_s"] / 1e9)
+        self.lines.append(Line(part, case, way, seconds, ratio, tokens / seconds, tflops, share, floor, peak))
+        print(text_of(self.lines[-1]), flush=True)
 
     def fits(self, part: str, case: str, way: str, function) -> bool:
         """The warm-up; False, and a line that says so, where the device has no memory for it."""
@@ -176,143 +183,149 @@ def ask(bench: Bench, prompts, ttt=None, memory=None, head=()) -> None:
 
 @torch.inference_mode()
 def written(bench: Bench, ttt, texts) -> Memory:
-    return write_rows(bench.model, ttt, texts, bench.pad)[0]
+    return write_rows(bench.model, ttt, texts, bench.pad, dropped=True)[0]
+
+
+@contextlib.contextmanager
+def every_token(ttt):
+    """With the gates wide open for so long: a slot a token, the worst that a text can leave."""
+    gates = {fast: fast.gate_bias.detach().clone() for fast in ttt.fast.values()}
+    for fast in gates:
+        fast.gate_bias.data.fill_(100.0)
+    try:
+        yield
+    finally:
+        for fast, bias in gates.items():
+            fast.gate_bias.data.copy_(bias)
+
+
+def slots_of(memory: Memory) -> float:
+    """Slots of a conversation and layer, on average; 0 of dense ones."""
+    layers = memory.layers.values()
+    return 0.0 if next(iter(layers)).is_dense else sum((layer.values != 0).any(-1).float().sum(1).mean().item() for layer in layers) / len(layers)
 
 
 def probe(bench: Bench) -> None:
     """A question of PROMPT tokens and an answer of NEW, asked of the memories of some conversations in one batch."""
-    count, conversations = bench.sizes.probes, bench.sizes.conversations
+    count, conversations, cost = bench.sizes.probes, bench.sizes.conversations, bench.cost
     prompts, cut = bench.rows(count, PROMPT), PROMPT - PROMPT // 2
     head, tails = prompts[0][:cut], [row[cut:] for row in prompts]
     one = torch.tensor(prompts[:1], device=bench.device)
-    moved = NEW * count * (PROMPT + NEW // 2) * kv_bytes_per_token(bench.model)
-    floor = bench.floor(count * (PROMPT + NEW), NEW, moved)
     with bench.attached() as ttt:
         memory = written(bench, ttt, bench.rows(conversations, TEXT))
         public = PublicWay(bench.model, ttt.config.layers)
         public.ingest(torch.tensor(bench.rows(1, TEXT), device=bench.device))
-        ways = {"base": (lambda: ask(bench, prompts), count), "memory": (lambda: ask(bench, prompts, ttt, memory), count),
-                "base, shared beginning": (lambda: ask(bench, tails, head=head), count),
-                "memory, shared beginning": (lambda: ask(bench, tails, ttt, memory, head), count),
-                "public, one at a time": (lambda: public.answer(one, NEW), 1)}
-        bench.compare("probe", f"{count} at once, {PROMPT} + {NEW} tokens", ways, PROMPT + NEW, floor and floor / count)
+        whole, shared = cost.answer(PROMPT, NEW), cost.answer(PROMPT - cut, NEW, cut) + cost.forward(cut, predicted=0) * conversations / count
+        added = 0.0 if bench.form == "plain" and not bench.adapter else bench.memory_cost(ttt).read(PROMPT + NEW - 1, slots_of(memory))
+        calls = NEW * (bench.weights + count * (PROMPT + NEW // 2) * kv_bytes_per_token(bench.model)) / count
+        with_memory = calls + NEW * memory.nbytes() / count
+        ways = {"base": Way(lambda: ask(bench, prompts), count, whole, calls),
+                "memory": Way(lambda: ask(bench, prompts, ttt, memory), count, whole + added, with_memory),
+                "base, shared beginning": Way(lambda: ask(bench, tails, head=head), count, shared, calls),
+                "memory, shared beginning": Way(lambda: ask(bench, tails, ttt, memory, head), count, shared + added, with_memory),
+                "public, one at a time": Way(lambda: public.answer(one, NEW), 1, whole, NEW * bench.weights)}
+        bench.compare("probe", f"{count} at once, {PROMPT} + {NEW} tokens", ways, PROMPT + NEW)
 
 
 def write(bench: Bench) -> None:
-    """Reading a text with the base alone, and writing it."""
+    """Reading a text with the base alone, and writing it, after which the text is dropped."""
     for count, length in bench.sizes.writes:
-        texts = bench.rows(count, length)
-        first = torch.tensor(texts[:1], device=bench.device)
-        base = torch.inference_mode()(lambda: prefill(bench.model, texts, bench.pad))
-        floor = bench.floor(count * length, -(-length // SEGMENT))
-        for form, config in (("codes", None if bench.form == "codes" else bench.loaded.row.codes), ("plain", replace(bench.loaded.row.plain, chunk=CHUNK))):
-            with bench.attached(config) as ttt:
-                ways = {"base": (base, count), "memory": (lambda: written(bench, ttt, texts), count)}
-                if form == "plain" and length <= bench.sizes.public_text:
-                    public = PublicWay(bench.model, ttt.config.layers)
-                    ways["public, one at a time"] = (lambda: public.ingest(first), 1)
-                bench.compare("write", f"{count} x {length:,} tokens, {form}", ways, length, floor and floor / count)
+        texts, cost = bench.rows(count, length), bench.cost
+        base = Way(torch.inference_mode()(lambda: prefill(bench.model, texts, bench.pad)), count, cost.forward(length), -(-length // SEGMENT) * bench.weights / count)
+        with bench.attached(None if bench.form == "codes" else bench.loaded.row.codes) as ttt:
+            write_codes(bench, ttt, texts, base)
+        with bench.attached(replace(bench.loaded.row.plain, chunk=CHUNK)) as ttt:
+            work = cost.forward(length, predicted=0, layers=max(ttt.config.layers) + 1) + bench.memory_cost(ttt).write_chunks(length)
+            ways = {"base": base, "memory": Way(lambda: written(bench, ttt, texts), count, work)}
+            if length <= bench.sizes.public_text:
+                public, first = PublicWay(bench.model, ttt.config.layers), torch.tensor(texts[:1], device=bench.device)
+                ways["public, one at a time"] = Way(lambda: public.ingest(first), 1, cost.forward(length))
+            bench.compare("write", f"{count} x {length:,} tokens, plain", ways, length)
+
+
+def write_codes(bench: Bench, ttt, texts: list[list[int]], base: Way) -> None:
+    """The form codes, with the slots that its gates leave and, where they are sparse, with one a token."""
+    length, count = len(texts[0]), len(texts)
+    work = lambda slots: bench.cost.forward(length, predicted=0, layers=max(ttt.config.layers) + 1) + bench.memory_cost(ttt).write(length, slots)
+
+    def worst():
+        with every_token(ttt):
+            written(bench, ttt, texts)
+
+    ways = {"base": base, "memory": Way(lambda: written(bench, ttt, texts), count, work(slots_of(written(bench, ttt, texts))))}
+    if ttt.config.sparse:
+        ways["memory, a slot a token"] = Way(worst, count, work(length))
+    bench.compare("write", f"{count} x {length:,} tokens, codes", ways, length)
 
 
 def train(bench: Bench) -> None:
     """Forward and backward of one update: the next-token loss of TRAINED tokens in chunks, and the answers' loss of a memory."""
-    config, device = replace(bench.loaded.row.plain, chunk=CHUNK), bench.device
+    config, device, cost = replace(bench.loaded.row.plain, chunk=CHUNK), bench.device, bench.cost
     with bench.attached(config) as ttt:
-        rows, public = bench.rows(1, TRAINED), PublicWay(bench.model, config.layers)
+        rows, public, first = bench.rows(1, TRAINED), PublicWay(bench.model, config.layers), min(config.layers)
         step = lambda rows: lambda: (lm_step(bench.loaded, ttt, rows, device).loss.backward(), ttt.zero_grad(set_to_none=True))
-        ways = {"base, forward alone": (torch.inference_mode()(lambda: prefill(bench.model, rows, bench.pad)), 1),
-                "public, 1 at once": (lambda: public.train_step(torch.tensor(rows, device=device)), 1)}
-        ways |= {f"memory, {n} at once": (step(bench.rows(n, TRAINED)), n) for n in bench.sizes.batches}
-        bench.compare("train", f"next token, {TRAINED} tokens", ways, TRAINED, bench.floor(TRAINED, passes=2))
+        base = cost.forward(TRAINED, predicted=TRAINED) + cost.backward(TRAINED, predicted=TRAINED, first=first)
+        work = base + 3 * bench.memory_cost(ttt).write_chunks(TRAINED)
+        ways = {"base, forward alone": Way(torch.inference_mode()(lambda: prefill(bench.model, rows, bench.pad)), 1, cost.forward(TRAINED)),
+                "public, 1 at once": Way(lambda: public.train_step(torch.tensor(rows, device=device)), 1, base)}
+        ways |= {f"memory, {n} at once": Way(step(bench.rows(n, TRAINED)), n, work) for n in bench.sizes.batches}
+        bench.compare("train", f"next token, {TRAINED} tokens", ways, TRAINED)
     with bench.attached(bench.loaded.row.codes) as ttt:
-        asked = 2
-        example = lambda: Example(bench.rows(1, TEXT)[0], bench.rows(1, 60)[0], [(bench.rows(1, 20)[0], bench.rows(1, 6)[0]) for _ in range(asked)])
-        step = lambda rows: lambda: (recall_step(bench.loaded, ttt, Batch(rows), device).loss.backward(), ttt.zero_grad(set_to_none=True))
-        ways = {f"memory, {n} at once": (step([example() for _ in range(n)]), n) for n in bench.sizes.batches}
-        bench.compare("train", f"answers, {TEXT} tokens and {asked} questions", ways, TEXT + 60 + asked * 26)
+        train_answers(bench, ttt)
+
+
+def train_answers(bench: Bench, ttt, asked: int = 2, head: int = 60, question: int = 20, answered: int = 6) -> None:
+    """recall_step without aids' rows: a text of TEXT tokens, a prompt's head and so many questions of so many tokens."""
+    cost, memory, first, tail = bench.cost, bench.memory_cost(ttt), min(ttt.config.layers), question + answered
+    slots = slots_of(written(bench, ttt, bench.rows(8, TEXT)))
+    both = lambda *how: cost.forward(*how) + cost.backward(*how, first)
+    work = (cost.forward(TEXT, predicted=0, layers=max(ttt.config.layers) + 1) + both(head, 0, 0) + asked * both(tail, head, answered)
+            + 3 * (memory.write(TEXT, slots) + memory.read(head, slots) + asked * memory.read(tail, slots)))
+    example = lambda: Example(bench.rows(1, TEXT)[0], bench.rows(1, head)[0], [(bench.rows(1, question)[0], bench.rows(1, answered)[0]) for _ in range(asked)])
+    step = lambda rows: lambda: (recall_step(bench.loaded, ttt, Batch(rows), bench.device).loss.backward(), ttt.zero_grad(set_to_none=True))
+    ways = {f"memory, {n} at once": Way(step([example() for _ in range(n)]), n, work) for n in bench.sizes.batches}
+    bench.compare("train", f"answers, {TEXT} tokens and {asked} questions", ways, TEXT + head + asked * tail)
 
 
 def read(bench: Bench) -> None:
     """The same questions of one memory of a longer and longer text, as slots and as a dense update."""
-    count = bench.sizes.probes
+    count, base = bench.sizes.probes, bench.cost.answer(PROMPT, NEW)
     prompts = bench.rows(count, PROMPT)
     with bench.attached() as ttt:
+        added = lambda *how: base if bench.form == "plain" and not bench.adapter else base + bench.memory_cost(ttt).read(PROMPT + NEW - 1, *how)
+        asking = lambda memory: lambda: ask(bench, prompts, ttt, memory)
+        ways = {"base": Way(lambda: ask(bench, prompts), count, base)}
         for length in bench.sizes.lengths:
             slots = written(bench, ttt, bench.rows(1, length))
-            ways = {"base": (lambda: ask(bench, prompts), count), "slots": (lambda: ask(bench, prompts, ttt, slots), count),
-                    "dense": (lambda: ask(bench, prompts, ttt, slots.dense()), count)}
-            bench.compare("read", f"{count} at once of {length:,} tokens", ways, PROMPT + NEW)
+            ways[f"slots of {length:,} tokens"] = Way(asking(slots), count, added(slots_of(slots)))
+            ways[f"dense, of {length:,} tokens"] = Way(asking(slots.dense()), count, added(0, True))
+        bench.compare("read", f"{count} at once, one memory", ways, PROMPT + NEW)
 
 
 def sizes_of_memory(bench: Bench) -> None:
-    """Bytes of one conversation's memory, whole and cut to a rank, beside its KV cache and the public way's dense matrices."""
+    """Bytes of one conversation's memory, whole and cut to a rank, beside its KV cache and the public way's dense matrices. Of shapes alone: what
+    a rank keeps of the answers is the condition B_rank of run_experiment.py."""
     with bench.attached() as ttt:
         memory = written(bench, ttt, bench.rows(1, TEXT))
         layer = bench.model.get_decoder().layers[ttt.config.layers[0]].mlp.base.down_proj.weight
-        found = {"memory": memory.nbytes()} | {f"memory, rank {rank}": memory.compact(rank).nbytes() for rank in bench.sizes.ranks}
+        found = {"memory": int(memory.row_nbytes()[0])} | {f"memory, rank {rank}": memory.compact(rank).nbytes() for rank in bench.sizes.ranks}
         found |= {"KV cache": TEXT * kv_bytes_per_token(bench.model), "public, dense": len(ttt.config.layers) * layer.nbytes}
     bench.facts["bytes"] = found
     for what, size in found.items():
         print(f"bytes   {TEXT} tokens {what:30s}{size / 1e6:10.3f} MB")
 
 
-def whole(bench: Bench) -> None:
-    """The experiment itself, English: A_context, B_memory and C_nothing on every level and D_distractor, in the batches of run_experiment.py,
-    without early stops."""
-    benchmark = benchmark_file.load_benchmark(bench.benchmark)
-    texts = Texts(benchmark, bench.loaded.tokenizer)
-    samples = benchmark_file.select_samples(benchmark, benchmark_file.LEVELS, ("en",), bench.sizes.limit)
-    with bench.attached() as ttt:
-        for name in ("A_context", "B_memory", "C_nothing", "D_distractor"):
-            jobs = plan([CONDITIONS[name]], samples, set(), texts, bench.sizes.probes)
-            count = sum(job.count for job in jobs)
-            answer(bench.loaded, ttt, jobs[0], texts, NEW, early_stop=False)  # warm-up
-            seconds, peak = bench.clock(lambda: [answer(bench.loaded, ttt, job, texts, NEW, early_stop=False) for job in jobs])
-            tokens = sum(text_length(job.condition, sample, texts) for job in jobs for sample in job.samples) + count * (PROMPT + NEW)
-            bench.lines.append(Line("whole", f"{name}, {count} questions", "memory" if CONDITIONS[name].written else "base", seconds, 1.0, tokens / seconds, None, peak))
-            print(text_of(bench.lines[-1]), flush=True)
-    bench.facts["whole_seconds"] = sum(line.seconds for line in bench.lines if line.part == "whole")
-    print(f"whole   {bench.facts['whole_seconds']:.1f} s for {sum(len(s['probes']) for s in samples)} questions a condition")
-
-
 PARTS = {"machine": machine, "probe": probe, "write": write, "train": train, "read": read, "bytes": sizes_of_memory, "whole": whole}
 
 
-# ---- the report ----
-
-def text_of(line: Line) -> str:
-    """A row of the table."""
-    more = [f"{line.tokens_per_s:12,.0f} tok/s"] + ([f"floor x{line.seconds / line.floor:.2f}"] if line.floor else []) + ([f"{line.peak_gb:.2f} GB"] if line.peak_gb is not None else [])
-    return f"{line.part:8s}{line.case:46s}{line.way:30s}{line.seconds:10.4f} s  x{line.ratio:<7.3f}{'  '.join(more)}"
-
-
-def draw(bench: Bench, path: Path) -> None:
-    """Seconds of every line beside its floor, a panel a part; no file where nothing was timed."""
-    path.unlink(missing_ok=True)
-    parts = [(part, lines) for part in PARTS if (lines := [line for line in bench.lines if line.part == part])]
-    if not parts:
-        return
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(bench.lines) + 0.7 * len(parts)), layout="constrained")
-    panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=[len(lines) + 1 for _, lines in parts])[:, 0]
-    figure.suptitle(f"Seconds a unit, {bench.loaded.row.name} (line: floor)")
-    for ax, (part, lines) in zip(panels, parts):
-        places = range(len(lines))
-        ax.barh(places, [line.seconds for line in lines], color=[WAY_COLORS.get(line.way.split(",")[0], "#009E73") for line in lines])
-        for place, line in zip(places, lines):
-            if line.floor:
-                ax.plot([line.floor] * 2, [place - 0.4, place + 0.4], color="black")
-        ax.set_yticks(places, [f"{line.case}: {line.way}" for line in lines], fontsize=7)
-        ax.invert_yaxis()
-        ax.set_xscale("log")
-        ax.set_title(part, fontsize=9)
-    figure.savefig(path, dpi=150)
-
+# ---- the command ----
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py` (default: %(default)s)")
     parser.add_argument("--weights", default="real", choices=("real", "random"), help="random: the row's shapes alone; its texts are cut by smollm2-135m's tokenizer")
-    parser.add_argument("--adapter", help="checkpoint folder; without one an untrained adapter, which leaves a slot at every token")
+    parser.add_argument("--adapter", help="checkpoint folder; without one an untrained adapter")
+    parser.add_argument("--slots", type=float, default=SLOTS, help="share of the tokens for which an untrained adapter's gates are made to leave a slot (default: %(default).3f)")
     parser.add_argument("--form", default="codes", choices=("codes", "plain"), help="which of the row's settings an untrained adapter has (default: %(default)s)")
     parser.add_argument("--benchmark", default="benchmark_v1.json", help="whose questions the part whole asks (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s); floors need machine")
@@ -323,6 +336,8 @@ def parse_arguments() -> argparse.Namespace:
     for part in arguments.parts.split(","):
         if part not in PARTS:
             raise UserError(f"--parts {part}: unknown; use some of {','.join(PARTS)}")
+    if not 0 < arguments.slots <= 1:
+        raise UserError(f"--slots {arguments.slots:g}: use a share above 0, up to 1")
     if arguments.adapter and arguments.weights == "random":
         raise UserError("--adapter: fits a base's own weights; leave it out with --weights random")
     return arguments
@@ -333,18 +348,23 @@ def main() -> None:
     row = find_row(arguments.model)
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row)
     loaded = load_model(arguments.model, device, dtype, random_weights=arguments.weights == "random")
-    if arguments.weights == "random" and row.hub is not None:
+    if arguments.weights == "random" and row.hub is not None and "whole" in arguments.parts.split(","):
         loaded = replace(loaded, tokenizer=load_model(TOKENIZER_OF).tokenizer)
-    bench = Bench(loaded, SIZES[device.type], arguments.form, arguments.adapter, arguments.benchmark)
+    bench = Bench(loaded, SIZES[device.type], arguments.form, arguments.adapter, arguments.benchmark, arguments.slots)
     print(f"{row.name}: {loaded.parameters / 1e9:.2f}B parameters, {loaded.source}, {reason}, {torch.get_num_threads()} threads")
-    for part in arguments.parts.split(","):
-        PARTS[part](bench)
+    print(f"memories: {arguments.adapter}" if arguments.adapter else
+          f"memories: an untrained adapter; sparse gates are set at random so that about {arguments.slots:.3f} of the tokens leave a slot, as trained ones do")
+    print(HEADER)
     out = Path(arguments.out) / f"{row.name}-{device.type}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_name(out.name + ".json"), {
-        "model": row.name, "weights": arguments.weights, "scored": False, "parameters": loaded.parameters, "adapter": arguments.adapter, "device": reason,
-        "threads": torch.get_num_threads(), "sizes": asdict(bench.sizes), "machine_and_bytes": bench.facts, "lines": [asdict(line) for line in bench.lines], **provenance()})
-    draw(bench, out.with_name(out.name + ".png"))
+    about = {"model": row.name, "weights": arguments.weights, "scored": False, "parameters": loaded.parameters, "adapter": arguments.adapter,
+             "slots": None if arguments.adapter else arguments.slots, "device": reason, "threads": torch.get_num_threads(), "sizes": asdict(bench.sizes)}
+    asked = arguments.parts.split(",")
+    for done, part in enumerate(asked, 1):
+        PARTS[part](bench)
+        # after each part: a run that is cut off keeps what it measured
+        write_json(out.with_name(out.name + ".json"), about | {"parts": asked[:done], "machine_and_bytes": bench.facts, "lines": [asdict(line) for line in bench.lines]} | provenance())
+    draw(bench.lines, row.name, out.with_name(out.name + ".png"))
     print(f"Report: {out}.json; figure: {out}.png")
 
 

@@ -171,7 +171,7 @@ def write_memory(loaded: Loaded, ttt: InPlaceTTT, job: Job, texts: Texts) -> Mem
     rows = [texts.written(job.condition, sample) for sample in job.samples]
     memory = None
     for turn in zip(*rows):
-        memory, _ = write_rows(loaded.model, ttt, list(turn), loaded.tokenizer.pad_token_id, memory)
+        memory, _ = write_rows(loaded.model, ttt, list(turn), loaded.tokenizer.pad_token_id, memory, dropped=True)
     if job.condition.rank is not None:
         memory = memory.compact(job.condition.rank)
     if job.condition.written == "noise":

@@ -69,8 +69,8 @@ def forward(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | Non
     return logits[:, -1], past
 
 
-def forward_all(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None, session=None, keep: int = 0) -> tuple[torch.Tensor, Past]:
-    """One call of the model after `past`. Returns the logits of the last `keep` positions (0: of all), [B, K, V], and the longer Past.
+def forward_all(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past | None, session=None, keep: int | None = 0) -> tuple[torch.Tensor | None, Past]:
+    """One call of the model after `past`. Returns the logits of the last `keep` positions (0: of all; None: no logits), [B, K, V], and the longer Past.
 
     session: the Writer or Reader of the context this runs in, to whom the tokens are announced; None outside of one.
     """
@@ -84,30 +84,52 @@ def forward_all(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past |
         column_T = torch.arange(mask.shape[1], device=mask.device)
         seen_BLT = mask[:, None, :].bool() & (column_T[-ids_BL.shape[1]:, None] >= column_T)
         visible = attention_kinds(seen_BLT, position_BL, mask.cumsum(1) - 1, window)
-    out = model(input_ids=ids_BL, attention_mask=visible, position_ids=position_BL, past_key_values=cache, use_cache=True,
-                logits_to_keep=keep)
-    return out.logits, Past(cache, mask)
+    named = dict(input_ids=ids_BL, attention_mask=visible, position_ids=position_BL, past_key_values=cache, use_cache=True)
+    if keep is None:
+        model.get_decoder()(**named)
+        return None, Past(cache, mask)
+    return model(**named, logits_to_keep=keep).logits, Past(cache, mask)
+
+
+def segments(model, rows: list[list[int]], pad_id: int):
+    """(ids, mask) of the rows, padded on the left, SEGMENT columns at a time."""
+    ids, mask = pad_left(rows, pad_id, next(model.parameters()).device)
+    return zip(ids.split(SEGMENT, 1), mask.split(SEGMENT, 1))
 
 
 def prefill(model, rows: list[list[int]], pad_id: int, past: Past | None = None, session=None) -> tuple[torch.Tensor, Past]:
     """Read token rows after `past`, in segments (session: as in `forward`). Rows may differ in length; every row needs a token."""
-    device = next(model.parameters()).device
-    ids, mask = pad_left(rows, pad_id, device)
     logits = None
-    for start in range(0, ids.shape[1], SEGMENT):
-        logits, past = forward(model, ids[:, start:start + SEGMENT], mask[:, start:start + SEGMENT], past, session)
+    for ids, mask in segments(model, rows, pad_id):
+        logits, past = forward(model, ids, mask, past, session)
     return logits, past
 
 
-def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memory: Memory | None = None,
-               past: Past | None = None) -> tuple[Memory, Past]:
+def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memory: Memory | None = None, past: Past | None = None,
+               dropped: bool = False) -> tuple[Memory, Past | None]:
     """Write each token row (on top of `memory`, if given) and return the new memory and what attention saw.
 
-    Drop the returned Past for the KV-stripped conditions; keep it to read with the text still in context.
+    Keep the Past to read with the text still in context. dropped: for the KV-stripped conditions there is none (None), and nothing runs above
+    the last TTT layer.
     """
-    with ttt.write(memory) as writer:
-        _, past = prefill(model, rows, pad_id, past, writer)
+    with ttt.write(memory) as writer, lowest(model, max(ttt.config.layers) + 1) if dropped else contextlib.nullcontext():
+        for ids, mask in segments(model, rows, pad_id):
+            _, past = forward_all(model, ids, mask, past, writer, keep=None)
+    if dropped:
+        past = None  # before memory() needs the room
     return writer.memory(), past
+
+
+@contextlib.contextmanager
+def lowest(model, layers: int):
+    """The decoder, cut to its first so many layers: what a text leaves in them does not hang on those above."""
+    decoder = model.get_decoder()
+    whole = decoder.layers
+    decoder.layers = whole[:layers]
+    try:
+        yield decoder
+    finally:
+        decoder.layers = whole
 
 
 def whole_rows(model, rows: list[list[int]], pad_id: int, session=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from memory import LayerMemory, expand, leading, meets, pick_columns, unit
-from side_stream import HEAD, BiasByRows, distance_bias, look, unit_rms
+from memory import LayerMemory, expand, leading, meets, pick_columns, times, unit
+from side_stream import HEAD, LongBias, distance_bias, look, plain_attention, unit_rms
 
 TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
@@ -177,7 +177,7 @@ class FastWeight(nn.Module):
         if self.config.write_attention:
             if not self.config.deep:
                 bias_BHSS = write_bias(held, self.config) if bias_BHSS is None else bias_BHSS
-                around_BSZ, _ = look(x_BSD @ self.key_attend, bias_BHSS)
+                around_BSZ, _ = look(x_BSD @ self.key_attend, bias_BHSS, attend=plain_attention)
             informed = beside(x_BSD, around_BSZ)
         strength_BS, worth_BS = self.strength(informed)
         return Slots(self.key(informed, held.h), strength_BS * held.real, worth_BS)
@@ -261,9 +261,26 @@ class FastWeight(nn.Module):
         read attention."""
         return self._features(x, h, "query")
 
-    def informed_query(self, x_BLD: torch.Tensor, h_BLF: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
-        """Queries [B, L, K] that also know what is gathered around them."""
-        return self._features(beside(x_BLD, asked_BLZ), h_BLF, "query")
+    def informed_query(self, x_BLD: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
+        """Queries [B, L, K], in x's dtype, that also know what is gathered around them."""
+        return self.unit_codes(beside(x_BLD, asked_BLZ) @ self.query_code + self.query_bias)
+
+    def lead(self, inject_DZ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that a deep arm's x is multiplied with when it is asked, and its bias: the read stream's I, the query's code, the read gate."""
+        gate = [(self.open.unsqueeze(-1), self.open_bias)] if self.config.read_gate else []
+        parts = [(inject_DZ, inject_DZ.new_zeros(inject_DZ.shape[1])), (self.query_code[:len(inject_DZ)], self.query_bias), *gate]
+        return tuple(torch.cat(some, -1) for some in zip(*parts))
+
+    def led(self, x_BLD: torch.Tensor, lead: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """(x I [B, L, Z], the query's code of x alone [B, L, K], and with the read gate its logit [B, L, 1])."""
+        codes, gate = sum(self.sizes), int(self.config.read_gate)
+        weight, bias = lead
+        widths = [len(bias) - codes - gate, codes] + [1] * gate
+        return nn.functional.linear(x_BLD, weight.T, bias).split(widths, -1)
+
+    def led_query(self, coded_BLK: torch.Tensor, asked_BLZ: torch.Tensor) -> torch.Tensor:
+        """informed_query where x's share of the code is there already."""
+        return self.unit_codes(coded_BLK + asked_BLZ @ self.query_code[-asked_BLZ.shape[-1]:])
 
     def look_back(self, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen):
         """What the read attention gathers from the question so far, [B, L, Z], and its keys and values so far.
@@ -274,18 +291,21 @@ class FastWeight(nn.Module):
 
     def _features(self, x: torch.Tensor, h: torch.Tensor, name: str) -> torch.Tensor:
         if self.config.codes:
-            first, second = (x @ getattr(self, f"{name}_code") + getattr(self, f"{name}_bias")).split(self.sizes, -1)
-            return torch.cat([unit(first), unit(second)], -1).to(h.dtype)
+            return self.unit_codes(x @ getattr(self, f"{name}_code") + getattr(self, f"{name}_bias")).to(h.dtype)
         if self.config.key_map:
             mapped = x @ getattr(self, f"{name}_in") @ getattr(self, f"{name}_up")
             return unit(mapped.relu().square()).to(h.dtype)  # squared: a key meets few others
         return unit(h) if self.config.unit_keys else h
 
-    def taken(self, x: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
-        """Of what is read (`met`, [..., D]) what the tokens x take: all of it without the read gate."""
+    def unit_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Both codes on their unit spheres, [..., K]."""
+        return torch.cat([unit(code) for code in codes.split(self.sizes, -1)], -1)
+
+    def taken(self, x: torch.Tensor, met: torch.Tensor, logit: torch.Tensor | None = None) -> torch.Tensor:
+        """Of what is read (`met`, [..., D]) what the tokens x take: all of it without the read gate. logit: of the gate by x, where the caller has it."""
         if not self.config.read_gate:
             return met
-        logit = x @ self.open + self.open_bias
+        logit = x @ self.open + self.open_bias if logit is None else logit
         if self.config.threshold:  # sigmoid(a log m + b): a share that rises from 0 with the strength of what is read
             strength = torch.linalg.vector_norm(met.to(logit.dtype), dim=-1) / (met.shape[-1] ** 0.5 * EMBED_SHARE * self.value_unit)
             logit = logit + self.open_met * strength.clamp(min=1e-3).log()
@@ -319,13 +339,18 @@ def write_bias(held, config: TTTConfig, rows: slice = slice(None)) -> torch.Tens
     return distance_bias(held.position[:, rows], held.position, allowed_BLS, config.write_attention, held.h.dtype, back=config.deep)
 
 
-def whole_or_by_rows(held, config: TTTConfig) -> torch.Tensor | BiasByRows | None:
-    """write_bias of all held tokens for a deep arm; of a text whose attention matrix has more than ROOM entries, made rows by rows in every layer."""
+def whole_or_long(held, config: TTTConfig) -> torch.Tensor | LongBias | None:
+    """write_bias of all held tokens; for a deep arm's text whose attention matrix has more than ROOM entries, what makes it piece by piece."""
     batch, length = held.real.shape
     at_once = max(1, ROOM // max(1, batch * config.write_attention * length))
     if not config.deep or at_once >= length:
         return write_bias(held, config)
-    return BiasByRows(lambda rows: write_bias(held, config, rows), length, at_once, held.h.dtype)
+    return LongBias(held.position, held.real, config.write_attention, at_once, held.h.dtype, lambda rows: write_bias(held, config, rows))
+
+
+def writes(name: str) -> bool:
+    """Whether a parameter of FastWeight takes part in slots and contents; the others are of the queries, the read gate and the solve."""
+    return not name.startswith(("query", "open", "log_ridge"))
 
 
 def code_sizes(feed_forward: int) -> tuple[int, int]:
@@ -358,7 +383,8 @@ def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, 
 
 
 def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Kernel ridge regression of every layer: {layer: values [B, S, D]}. Layers of one width S are solved in one batch.
+    """Kernel ridge regression of every layer: {layer: values [B, S, D]}. Layers of one width S are solved in one batch, of long texts so
+    many of their rows as ROOM has place for.
 
     dW = sum_i value_i (x) k_i minimises sum_i trust_i |dW k_i - wanted_i|^2 + |dW|^2; tokens of trust 0 get value 0.
     wanted: keys, and in place of values what is to be read at them; trust [B, S] = w / lambda >= 0, by layer.
@@ -366,14 +392,21 @@ def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[
     values = {}
     for width in {t.shape[1] for t in trust.values()}:
         layers = [i for i, t in trust.items() if t.shape[1] == width]
-        keys, targets, trusted = (torch.cat(parts) for parts in zip(*((wanted[i].keys, wanted[i].values, trust[i]) for i in layers)))
-        root_NS = torch.where(trusted > 0, trusted, 1.0).sqrt() * (trusted > 0)  # sqrt has no gradient at 0, where a pad stands
-        keys = keys.to(targets.dtype)
-        gram_NSS = meets(keys, keys, wanted[layers[0]].sizes) * root_NS.unsqueeze(-1) * root_NS.unsqueeze(-2)
-        gram_NSS = gram_NSS + torch.eye(width, dtype=gram_NSS.dtype, device=gram_NSS.device)
-        solved = torch.cholesky_solve(targets * root_NS.unsqueeze(-1), torch.linalg.cholesky(gram_NSS)) * root_NS.unsqueeze(-1)
-        values |= dict(zip(layers, solved.split([len(trust[i]) for i in layers])))
+        places = max(1, ROOM // width ** 2)
+        at_once = max(1, places // len(trust[layers[0]]))
+        for some in (layers[first:first + at_once] for first in range(0, len(layers), at_once)):
+            parts = (torch.cat(parts).split(places) for parts in zip(*((wanted[i].keys, wanted[i].values, trust[i]) for i in some)))
+            solved = torch.cat([solve(*part, wanted[some[0]].sizes) for part in zip(*parts)])
+            values |= dict(zip(some, solved.split([len(trust[i]) for i in some])))
     return values
+
+
+def solve(key_NSK: torch.Tensor, wanted_NSD: torch.Tensor, trust_NS: torch.Tensor, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """The values of N texts of S slots, [N, S, D]: R (R G R + I)^-1 R wanted, G the keys' inner products and R^2 the trust."""
+    root_NS = torch.where(trust_NS > 0, trust_NS, 1.0).sqrt() * (trust_NS > 0)  # sqrt has no gradient at 0, where a pad stands
+    key_NSK = times(key_NSK.to(wanted_NSD.dtype), root_NS, sizes)
+    square_NSS = meets(key_NSK, key_NSK, sizes) + torch.eye(key_NSK.shape[1], dtype=key_NSK.dtype, device=key_NSK.device)
+    return torch.cholesky_solve(wanted_NSD * root_NS.unsqueeze(-1), torch.linalg.cholesky(square_NSS)) * root_NS.unsqueeze(-1)
 
 
 def chunk_of(position: torch.Tensor, chunk: int | None) -> torch.Tensor:

@@ -55,6 +55,12 @@ def meets(query_BMK: torch.Tensor, key_BSK: torch.Tensor, sizes: tuple[int, int]
     return (query_a @ key_a.transpose(-1, -2)) * (query_b @ key_b.transpose(-1, -2))
 
 
+def times(key_BSK: torch.Tensor, factor_BS: torch.Tensor, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """Each key times its factor; of codes the first one takes it."""
+    codes = (key_BSK,) if sizes is None or key_BSK.shape[-1] != sum(sizes) else key_BSK.split(sizes, -1)
+    return torch.cat([codes[0] * factor_BS.unsqueeze(-1), *codes[1:]], -1)
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64).
@@ -126,10 +132,13 @@ class LayerMemory:
         if self.is_dense:
             out_BMD = expand(query_BMF, self.sizes).to(self.update.dtype) @ self.update.transpose(1, 2)
         else:
-            # a dense update that was compacted has keys of the update's dtype; codes are few numbers, so they meet in float32
-            keys = self.keys.to(self.values.dtype) if self.sizes else self.keys
+            keys = self.ready().keys  # a dense update that was compacted has keys of the update's dtype
             out_BMD = meets(query_BMF.to(keys.dtype), keys, self.sizes).to(self.values.dtype) @ self.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
+
+    def ready(self) -> "LayerMemory":
+        """The same memory as it is read over and over: codes are few numbers, so they meet in float32, and are cast once for all calls."""
+        return self if self.is_dense or not self.sizes else replace(self, keys=self.keys.to(self.values.dtype))
 
     def to_dense(self) -> "LayerMemory":
         if self.is_dense:

@@ -45,8 +45,9 @@ class ModelRow:
     note: str = ""
 
 
-def every(step: int, layers: int) -> tuple[int, ...]:
-    return tuple(range(0, layers, step))
+def every_sixth(layers: int) -> tuple[int, ...]:
+    """From 2 on: nothing below the first TTT layer needs a backward pass. A model of fewer layers has its last one."""
+    return tuple(range(min(2, layers - 1), layers, 6))
 
 
 def codes_ttt(layers, heads: int = 6, value_rank: int = 64) -> TTTConfig:
@@ -79,7 +80,7 @@ def qwen3_row(size: str, revision: str, hidden: int, feed_forward: int, layers: 
     config = Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size != "8B")
-    return ModelRow(f"qwen3-{size.lower()}", codes_ttt(every(6, layers)), plain_ttt(every(6, layers)), ("en", "zh"), "Apache-2.0",
+    return ModelRow(f"qwen3-{size.lower()}", codes_ttt(every_sixth(layers)), plain_ttt(every_sixth(layers)), ("en", "zh"), "Apache-2.0",
                     hub=f"Qwen/Qwen3-{size}", revision=revision, config=config, most_conversations=QWEN3_CONVERSATIONS[size])
 
 
@@ -131,7 +132,7 @@ def find_row(name: str) -> ModelRow:
     except (OSError, ValueError) as error:  # no network, no such model, no config.json: the mend is the same
         raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); "
                         f"give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub") from error
-    return ModelRow(name, codes_ttt(every(6, layers)), plain_ttt(every(6, layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
+    return ModelRow(name, codes_ttt(every_sixth(layers)), plain_ttt(every_sixth(layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
 
 
 @dataclass(frozen=True)

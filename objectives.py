@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 
-from decoding import attention_kinds, sliding_window
+from decoding import attention_kinds, lowest, sliding_window
 from in_place_ttt import InPlaceTTT
 from memory import Memory, meets
 from model_utils import Loaded
@@ -79,9 +79,9 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
     pad_id = loaded.tokenizer.pad_token_id
     ids, mask = pad_right([example.written for example in batch.examples], pad_id, device)
     # a frozen base's activations while writing carry no gradient; the values, made of them in memory(), do
-    with torch.set_grad_enabled(lora is not None), ttt.write(differentiable=True) as writer:
+    with torch.set_grad_enabled(lora is not None), ttt.write(differentiable=True) as writer, lowest(loaded.model, max(ttt.config.layers) + 1) as decoder:
         writer.expect(mask)
-        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+        decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory(batch.group)
     # what is not to change is read in the same forward as the questions: a small base's update is bound by the number of calls
     rows, others = len(batch.examples), [*batch.foreign, *batch.calm]

@@ -11,6 +11,11 @@ import torch
 from torch import nn
 from torch.nn.functional import conv1d, cross_entropy
 
+# the public attempt's lengths
+NEW = 32            # new tokens of every answer
+PROMPT = 50         # tokens of a question's prompt
+TEXT = 140          # tokens of a conversation
+TRAINED = 512       # tokens of a training sequence
 CHUNK = 64
 KERNEL = 5
 
@@ -79,6 +84,8 @@ class PublicWay:
         finally:
             self.model.eval()
             self.model.gradient_checkpointing_disable()
+            if getattr(self.model, "_require_grads_hook", None) is not None:  # the switch made the embeddings want gradients and leaves them so
+                self.model.disable_input_require_grads()
             for mlp in self.mlps.values():
                 mlp.zero_grad(set_to_none=True)
                 mlp.weight = mlp.base.down_proj.weight.detach()

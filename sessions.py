@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fixed_cache import FixedPair
-from fast_weight import FastWeight, Slots, chunk_of, fit, whole_or_by_rows, write_bias
+from fast_weight import FastWeight, Slots, chunk_of, fit, whole_or_long, write_bias, writes
 from memory import LayerMemory, Memory, expand, leading, meets, pick_columns
 from side_stream import distance_bias, unit_rms
 
@@ -31,6 +31,8 @@ class Reader:
         self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
         self.queries: dict[int, torch.Tensor] = {}
         self.needs_embeddings = owner.config.deep
+        self._layers = {index: layer.ready() for index, layer in memory.layers.items()}
+        self._leads = {index: owner.fast[str(index)].lead(owner.streams["read"].inject(index)) for index in owner.config.layers} if owner.config.deep else {}
         self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
         self._seen: dict[int, tuple | FixedPair] = {}  # the read attention's keys and values by layer
         self._real_BT = self._bias_BHLT = None
@@ -76,23 +78,33 @@ class Reader:
         self._stream_BLZ = self.owner.streams["read"].begin(self.owner.fast[str(self.owner.config.layers[0])].scaled(output))
 
     def layer(self, index: int, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
-        fast = self.owner.fast[str(index)]
+        fast, opening_BL = self.owner.fast[str(index)], None
         x_BLD = fast.scaled(x_BLD)
-        query_BLF = self._informed(index, fast, x_BLD, h_BLF) if self.owner.config.read_attention else fast.query(x_BLD, h_BLF)
+        if self.owner.config.deep:
+            query_BLF, opening_BL = self._deep_query(index, fast, x_BLD)
+        elif self.owner.config.read_attention:
+            asked_BLZ, self._seen[index] = fast.look_back(x_BLD, self._bias_BHLT, self._announced(index, x_BLD))
+            query_BLF = fast.informed_query(x_BLD, asked_BLZ)
+        else:
+            query_BLF = fast.query(x_BLD, h_BLF)
         if self.watch_BL is not None:
-            self.queries[index] = query_BLF[self.watch_BL]
-        return fast.taken(x_BLD, self.memory.layers[index].read(query_BLF))
+            self.queries[index] = query_BLF[self.watch_BL].to(h_BLF.dtype)  # as the keys are
+        return fast.taken(x_BLD, self._layers[index].read(query_BLF), opening_BL)
 
-    def _informed(self, index: int, fast: FastWeight, x_BLD: torch.Tensor, h_BLF: torch.Tensor) -> torch.Tensor:
+    def _announced(self, index: int, x_BLD: torch.Tensor) -> tuple | FixedPair | None:
+        """What was seen in the calls before; RuntimeError for a call that was not announced."""
         seen = self._seen.get(index)
         length = seen.keys.shape[2] if isinstance(seen, FixedPair) else x_BLD.shape[1] + (seen[0].shape[2] if seen else 0)
         if self._bias_BHLT is None or self._bias_BHLT.shape[2:] != (x_BLD.shape[1], length):
             raise RuntimeError("a forward while reading that expect() did not announce; arms with read attention need it")
-        if self.owner.config.deep:
-            self._stream_BLZ, self._seen[index] = self.owner.streams["read"](index, self._stream_BLZ, x_BLD, self._bias_BHLT, seen)
-            return fast.informed_query(x_BLD, h_BLF, unit_rms(self._stream_BLZ))
-        asked_BLZ, self._seen[index] = fast.look_back(x_BLD, self._bias_BHLT, seen)
-        return fast.informed_query(x_BLD, h_BLF, asked_BLZ)
+        return seen
+
+    def _deep_query(self, index: int, fast: FastWeight, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(queries, the read gate's logits): what x is multiplied with for stream, query and gate is one product."""
+        seen, stream = self._announced(index, x_BLD), self.owner.streams["read"]
+        injected_BLZ, coded_BLK, *opening = fast.led(x_BLD, self._leads[index])
+        self._stream_BLZ, self._seen[index] = stream(index, self._stream_BLZ, injected_BLZ, self._bias_BHLT, seen)
+        return fast.led_query(coded_BLK, unit_rms(self._stream_BLZ)), opening[0].squeeze(-1) if opening else None
 
 
 @dataclass
@@ -113,9 +125,6 @@ class Pending:
     def fields(self):
         return self.source, self.x, self.h, self.real, self.fresh, self.position
 
-    def append(self, other: "Pending") -> "Pending":
-        return Pending(*(torch.cat(pair, 1) for pair in zip(self.fields(), other.fields())))
-
     def keep(self, wanted_BS: torch.Tensor) -> "Pending":
         """Only the wanted tokens, moved to the right end; shorter rows get pads on the left."""
         width = int(wanted_BS.sum(1).max())
@@ -123,6 +132,19 @@ class Pending:
         source, x, h, real, fresh, position = (pick_columns(t, column_BS) for t in self.fields())
         kept_BS = wanted_BS.gather(1, column_BS)
         return Pending(source, x, h, real & kept_BS, fresh & kept_BS, position)
+
+
+def joined(parts: dict[int, list[Pending]]) -> dict[int, Pending]:
+    """The parts of each layer's text as one. What several layers or fields share (the target's source, the flags) is joined once, for all of them."""
+    made: dict[tuple, torch.Tensor] = {}
+
+    def join(*tensors: torch.Tensor) -> torch.Tensor:
+        name = tuple(map(id, tensors))
+        if name not in made:
+            made[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+        return made[name]
+
+    return {index: Pending(*map(join, *(part.fields() for part in some))) for index, some in parts.items()}
 
 
 class Writer:
@@ -137,7 +159,7 @@ class Writer:
         self.needs_embeddings = owner.config.target != "hidden_states"
         self.differentiable, self.form = differentiable, form
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
-        self.pending: dict[int, Pending] = {}
+        self._parts: dict[int, list[Pending]] = {}  # of each layer, call by call
         self.slots: Slots | None = None  # of all tokens, layer by layer in order: [layers, B, ...], after memory() of a differentiable write
         self.wanted: dict[int, tuple[LayerMemory, torch.Tensor]] = {}  # likewise: each layer's keys with what they are to answer, and the strength [B, S] of each
         self.tokens_B: torch.Tensor | None = None
@@ -172,19 +194,31 @@ class Writer:
         new = Pending(source_BLD, x_BLD, kept_h, self._real_BL, self._real_BL, self._position_BL)
         if self.form == "sequential":
             return self._sequential(index, fast, new)
-        held = self.pending[index].append(new) if index in self.pending else new
-        share_BLD = self._visible_share(index, fast, held, new)
+        self._parts.setdefault(index, []).append(new)
         config = self.owner.config
         # ridge solves for all of the text at its end, and attention over an unfinished chunk is not settled before that
         whole = self.differentiable or config.rule == "ridge" or (config.write_attention and config.chunk is None)
-        self.pending[index] = held if whole else self._fold(index, fast, held)
+        if config.chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
+            share_BLD = fast.read(self.start.layers[index], new.x, new.h) if self.start and not config.blind else None
+        else:
+            share_BLD = self._visible_share(index, fast, self._held(index), new)
+        if not whole:
+            self._parts[index] = [self._fold(index, fast, self._held(index))]
         return share_BLD
+
+    def _held(self, index: int) -> Pending:
+        self._parts |= {index: [joined({index: self._parts[index]})[index]]}
+        return self._parts[index][0]
+
+    @property
+    def pending(self) -> dict[int, Pending]:
+        """The tokens held so far, by layer. A long text's parts are joined here, at its end: with each call would copy them over and over."""
+        self._parts = {index: [one] for index, one in joined(self._parts).items()}
+        return {index: one for index, (one,) in self._parts.items()}
 
     def _visible_share(self, index: int, fast: FastWeight, held: Pending, new: Pending) -> torch.Tensor | None:
         """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk."""
-        chunk, start = self.owner.config.chunk, self.start and not self.owner.config.blind
-        if chunk is None:  # one chunk for the whole text: nothing of it is finished before it ends
-            return fast.read(self.start.layers[index], new.x, new.h) if start else None
+        chunk = self.owner.config.chunk
         x_BLD, slots = fast.scaled(new.x), fast.slots(held)
         query_BLF = fast.query(x_BLD, new.h)
         value_BSD = fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1)
@@ -224,35 +258,40 @@ class Writer:
         """The write stream behind a layer, [B, S, Z]; `before` is None at the first layer."""
         stream, fast = self.owner.streams["write"], self.owner.fast[str(index)]
         before_BSZ = stream.begin(fast.scaled(held.source)) if before_BSZ is None else before_BSZ
-        return stream(index, before_BSZ, fast.scaled(held.x), write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
+        injected_BSZ = fast.scaled(held.x) @ stream.inject(index)
+        return stream(index, before_BSZ, injected_BSZ, write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
 
-    def _of_layers(self, method: str, alike: dict, by_layer: dict):
-        """What the FastWeights' method gives for the held tokens, for all layers in one batched pass: they differ in their numbers only.
-
-        alike and by_layer: the method's other arguments, one for all layers or with the layers as first dimension; so are the results.
+    def _layers_at_once(self, pending: dict[int, Pending]):
+        """of_layers(method, alike, by_layer): what the FastWeights' method gives for the held tokens, for all layers in one batched pass: they
+        differ in their numbers only. alike and by_layer: the method's other arguments, one for all layers or with the layers as first
+        dimension; so are the results.
         """
-        config, fasts, helds = self.owner.config, [self.owner.fast[str(index)] for index in self.pending], list(self.pending.values())
-        tensors = [dict(fast.named_parameters()) | dict(fast.named_buffers()) for fast in fasts]
+        config, fasts, helds = self.owner.config, [self.owner.fast[str(index)] for index in pending], list(pending.values())
+        tensors = [{name: t for name, t in (*fast.named_parameters(), *fast.named_buffers()) if writes(name)} for fast in fasts]
         numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
         stacked = lambda name: torch.stack([getattr(held, name) for held in helds])
         x = stacked("x")
         inputs = {"x": x, "h": x if config.codes else stacked("h")} | ({"source": x} if config.target == "hidden_states" else {})
-        of_one = lambda numbers, inputs, own: torch.func.functional_call(fasts[0], numbers, (method, replace(helds[0], **inputs)), alike | own)
-        # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
-        return torch.vmap(of_one, chunk_size=None if self.differentiable else 1)(numbers, inputs, by_layer)
 
-    def _flush(self, group: int) -> dict[int, LayerMemory]:
-        """What the tokens still held add to each layer."""
-        config, held = self.owner.config, next(iter(self.pending.values()))
+        def of_layers(method: str, alike: dict, by_layer: dict):
+            of_one = lambda numbers, inputs, own: torch.func.functional_call(fasts[0], numbers, (method, replace(helds[0], **inputs)), alike | own)
+            # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
+            return torch.vmap(of_one, chunk_size=None if self.differentiable else 1)(numbers, inputs, by_layer)
+
+        return of_layers
+
+    def _flush(self, pending: dict[int, Pending], group: int) -> dict[int, LayerMemory]:
+        """What the tokens still held (pending) add to each layer."""
+        config, held, at_once = self.owner.config, next(iter(pending.values())), self._layers_at_once(pending)
         # of the tokens, so alike in all layers; a differentiable write keeps it for the backward pass anyway
-        bias_BHSS = write_bias(held, config) if self.differentiable else whole_or_by_rows(held, config)
+        bias_BHSS = write_bias(held, config) if self.differentiable else whole_or_long(held, config)
         around, at = {}, {}
         if config.deep:
             states = [None]
-            for index, one in self.pending.items():
+            for index, one in pending.items():
                 states.append(self._stream(index, states[-1], one, bias_BHSS))
             around = {"around_BSZ": unit_rms(torch.stack(states[1:]))}
-        slots = self._of_layers("slots", {"bias_BHSS": bias_BHSS}, around)
+        slots = at_once("slots", {} if config.deep else {"bias_BHSS": bias_BHSS}, around)
         self.slots = slots if self.differentiable else None
         weights, keys = slots.weights * held.fresh, slots.keys
         if config.sparse:  # what has no strength leaves no slot, nor a row in the solve; there is no gradient through it either
@@ -260,16 +299,16 @@ class Writer:
             column_NC = leading((weights > 0).flatten(0, 1), width)
             keys, weights = (pick_columns(t.flatten(0, 1), column_NC).unflatten(0, t.shape[:2]) for t in (keys, weights))
             at = {"column_BC": column_NC.unflatten(0, slots.weights.shape[:2])}
-        contents = self._of_layers("contents", {}, at)
+        contents = at_once("contents", {}, at)
         side_by_side = lambda t: t.unflatten(1, (-1, group)).flatten(2, 3)
         keys, contents, weights = (side_by_side(t) for t in (keys, contents, weights))
         of_layers = lambda values: {index: LayerMemory.factored(k, v, sizes=self.owner.fast[str(index)].sizes)
-                                    for index, k, v in zip(self.pending, keys, values)}
+                                    for index, k, v in zip(pending, keys, values)}
         asked = of_layers(contents)
         self.wanted = {index: (layer, w) for (index, layer), w in zip(asked.items(), weights)} if self.differentiable else {}
         if config.rule == "hebbian":
             return of_layers(contents * weights.unsqueeze(-1))
-        return self._solve(asked, {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(self.pending, weights)})
+        return self._solve(asked, {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(pending, weights)})
 
     def _solve(self, updates: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, LayerMemory]:
         """Ridge: the values that answer the updates' contents at their keys, and all that the memory before still knows the targets of.
@@ -328,9 +367,10 @@ class Writer:
             raise RuntimeError("nothing was written: no forward ran inside the write context")
         if group > 1 and (self.start or self.owner.config.chunk is not None):
             raise RuntimeError("only fresh texts of one chunk can be written side by side")
-        for index, update in (self._flush(group) if self.pending else {}).items():  # the sequential form has nothing pending
+        pending = self.pending
+        self._parts = {}
+        for index, update in (self._flush(pending, group) if pending else {}).items():  # the sequential form has nothing pending
             self._add(index, update)
-        self.pending = {}
         chunk = self.owner.config.chunk
         chunks_B = (self.tokens_B > 0).long() if chunk is None else -(-self.tokens_B // chunk)
         tokens_B = self.tokens_B

@@ -11,12 +11,15 @@ the codes of keys, queries and gates. Shape letters as in in_place_ttt.py, and Z
 """
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, rms_norm
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention
 
 from fixed_cache import FixedPair
 
@@ -35,52 +38,120 @@ def split_heads(mapped: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention(q_BHLE, k_BHTE, v_BHTE, bias_BHLT) -> torch.Tensor:
-    """Softmax attention in plain products, [B, L, Z]: the library's fused one has no batching rule for several layers at once."""
-    gathered_BHLE = (q_BHLE @ k_BHTE.transpose(-1, -2) * HEAD ** -0.5 + bias_BHLT).softmax(-1) @ v_BHTE
-    return gathered_BHLE.transpose(1, 2).flatten(2)
+    """Softmax attention, [B, H, L, HEAD], in one call, which keeps no matrix of all pairs."""
+    return scaled_dot_product_attention(q_BHLE, k_BHTE, v_BHTE, attn_mask=bias_BHLT)
+
+
+def plain_attention(q_BHLE, k_BHTE, v_BHTE, bias_BHLT) -> torch.Tensor:
+    """The same in plain products: the library's call has no batching rule for several layers at once (torch.vmap)."""
+    return (q_BHLE @ k_BHTE.transpose(-1, -2) * HEAD ** -0.5 + bias_BHLT).softmax(-1) @ v_BHTE
+
+
+def slopes(heads: int, dtype: torch.dtype, device) -> torch.Tensor:
+    """How much a head's bias falls with each token of distance, [H]: from 1 down to 1/100 (ALiBi, Press et al. 2022)."""
+    return torch.logspace(0, -2, heads, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
 
 
 def distance_bias(query_BL: torch.Tensor, key_BT: torch.Tensor, allowed_BLT: torch.Tensor, heads: int, dtype, back: bool = False) -> torch.Tensor:
-    """Bias [B, H, L, T] of attention by distance (ALiBi, Press et al. 2022): one fixed slope a head, from 1 down to 1/100.
+    """Bias [B, H, L, T] of attention by distance: one fixed slope a head.
 
     query and key are token positions; what is not allowed gets -inf. back: every second head looks back only, as without it
     two tokens at the same distance to the left and to the right are alike.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    slopes = torch.logspace(0, -2, heads, dtype=wide, device=query_BL.device)[:, None, None]
-    ahead_BLT = key_BT[:, None, :] - query_BL[:, :, None]
-    bias_BHLT = (-slopes * ahead_BLT.abs().to(wide)[:, None]).masked_fill(~allowed_BLT[:, None], float("-inf"))
+    slopes_H = slopes(heads, dtype, query_BL.device)
+    ahead_BLT = (key_BT[:, None, :] - query_BL[:, :, None]).to(slopes_H.dtype)
+    bias_BHLT = (-slopes_H[:, None, None] * ahead_BLT.abs()[:, None]).masked_fill(~allowed_BLT[:, None], float("-inf"))
     if back:
         bias_BHLT[:, 1::2] = bias_BHLT[:, 1::2].masked_fill((ahead_BLT > 0)[:, None], float("-inf"))
     return bias_BHLT.to(dtype)
 
 
-@dataclass(frozen=True)
-class BiasByRows:
-    """The bias of a text too long for all of it at once: make(rows) gives [B, H, rows, T] of a slice of the L query tokens, so many at a time."""
+BLOCK = 128  # tokens of a block of flex_attention's mask
 
-    make: Callable[[slice], torch.Tensor]
-    length: int
+
+@dataclass(frozen=True)
+class LongBias:
+    """The bias of a text too long to lay it out for all pairs at once: what decides it, token by token.
+
+    position, real [B, S]: the tokens' places and whether they are no pads (a pad looks at itself alone). make(rows) gives the bias
+    [B, H, rows, S] of a slice of the text, `at_once` rows at a time. Every second head looks back only.
+    """
+
+    position: torch.Tensor
+    real: torch.Tensor
+    heads: int
     at_once: int
     dtype: torch.dtype
+    make: Callable[[slice], torch.Tensor]
 
-    def slices(self) -> list[slice]:
-        return [slice(start, start + self.at_once) for start in range(0, self.length, self.at_once)]
+    def attention(self, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
+        """As `attention` with the whole bias: fused on a GPU, else by rows."""
+        if q_BHSE.is_cuda and not FUSED.failed:
+            return FUSED(self, q_BHSE, k_BHSE, v_BHSE)
+        return self.by_rows(q_BHSE, k_BHSE, v_BHSE)
+
+    def by_rows(self, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
+        slices = [slice(start, start + self.at_once) for start in range(0, q_BHSE.shape[2], self.at_once)]
+        return torch.cat([attention(q_BHSE[:, :, rows], k_BHSE, v_BHSE, self.make(rows)) for rows in slices], 2)
+
+    def fused(self, flex, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
+        """By flex_attention (flex: compiled or as it is), which makes the bias where it needs it."""
+        falling, blocks = self._for_flex
+        return flex(q_BHSE, k_BHSE, v_BHSE, score_mod=falling, block_mask=blocks)
+
+    @functools.cached_property
+    def _for_flex(self) -> tuple[Callable, BlockMask]:
+        """(the bias of a pair, which pairs there are), made once for all layers. A block of queries looks at the blocks of keys up to its own,
+        in a head that also looks ahead at all of them."""
+        position_BS, real_BS, slopes_H = self.position, self.real, slopes(self.heads, self.dtype, self.real.device)
+
+        def falling(score, b, h, i, j):
+            return score - slopes_H[h] * (position_BS[b, j] - position_BS[b, i]).abs()
+
+        def allowed(b, h, i, j):
+            return ((real_BS[b, i] & real_BS[b, j]) | (i == j)) & ((h % 2 == 0) | (position_BS[b, j] <= position_BS[b, i]))
+
+        length = real_BS.shape[1]
+        count = -(-length // BLOCK)
+        block_N = torch.arange(count, dtype=torch.int32, device=real_BS.device)
+        looks_at_HN = torch.stack([block_N + 1 if head % 2 else torch.full_like(block_N, count) for head in range(self.heads)])
+        which_HNN = block_N.expand(self.heads, count, count).contiguous()
+        return falling, BlockMask.from_kv_blocks(looks_at_HN[None], which_HNN[None], BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length))
 
 
-def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor | BiasByRows, seen: tuple | FixedPair | None = None):
+class Fused:
+    """flex_attention compiled for the GPU, at the first long text; where that cannot be done, it says so once and texts are read by rows."""
+
+    def __init__(self):
+        self.failed, self.compiled = False, None
+
+    def __call__(self, bias: LongBias, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
+        self.compiled = self.compiled or torch.compile(flex_attention, fullgraph=True)  # never in silence uncompiled, which lays out all pairs
+        try:
+            return bias.fused(self.compiled, q_BHSE, k_BHSE, v_BHSE)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failed = True
+            print(f"the attention over long texts is not compiled, which is slower: {str(error).splitlines()[0]}", file=sys.stderr)
+        return bias.by_rows(q_BHSE, k_BHSE, v_BHSE)
+
+
+FUSED = Fused()
+
+
+def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor | LongBias, seen: tuple | FixedPair | None = None, attend=attention):
     """(what the heads of the new tokens gather, [B, L, Z], their keys and values so far); mapped: [B, L, 3 Z], see split_heads.
 
     seen: the keys and values of the tokens before, where a text comes in pieces.
     """
     q, k, v = split_heads(mapped_BLM, bias_BHLT.dtype)
     if isinstance(seen, FixedPair):
-        return attention(q, *seen.put(k, v), bias_BHLT), seen
-    if seen is not None:
+        k, v = seen.put(k, v)
+    elif seen is not None:
         k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
-    if isinstance(bias_BHLT, BiasByRows):
-        return torch.cat([attention(q[:, :, rows], k, v, bias_BHLT.make(rows)) for rows in bias_BHLT.slices()], 1), (k, v)
-    return attention(q, k, v, bias_BHLT), (k, v)
+    gathered_BHLE = bias_BHLT.attention(q, k, v) if isinstance(bias_BHLT, LongBias) else attend(q, k, v, bias_BHLT)
+    return gathered_BHLE.transpose(1, 2).flatten(2), seen if isinstance(seen, FixedPair) else (k, v)
 
 
 class Block(nn.Module):
@@ -92,9 +163,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Parameter(draw(width, WIDER * width)), nn.Parameter(0.1 * draw(WIDER * width, width))
         self.dropout = nn.Dropout(0.0)  # of what a block adds to the stream; training sets its share
 
-    def forward(self, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | FixedPair | None):
-        """(s [B, L, Z], the heads' keys and values so far); seen: see look."""
-        s_BLZ = before_BLZ + x_BLD @ self.inject
+    def forward(self, before_BLZ: torch.Tensor, injected_BLZ: torch.Tensor, bias_BHLT: torch.Tensor | LongBias, seen: tuple | FixedPair | None):
+        """(s [B, L, Z], the heads' keys and values so far); injected: x I; seen: see look."""
+        s_BLZ = before_BLZ + injected_BLZ
         gathered_BLZ, seen = look(unit_rms(s_BLZ) @ self.attend, bias_BHLT, seen)
         s_BLZ = s_BLZ + self.dropout(gathered_BLZ.to(s_BLZ.dtype))
         return s_BLZ + self.dropout(gelu(unit_rms(s_BLZ) @ self.up) @ self.down), seen
@@ -112,6 +183,10 @@ class SideStream(nn.Module):
         """s before the first TTT layer, [B, L, Z]."""
         return embed_BLD @ self.start
 
-    def forward(self, index: int, before_BLZ: torch.Tensor, x_BLD: torch.Tensor, bias_BHLT: torch.Tensor, seen: tuple | None = None):
+    def inject(self, index: int) -> torch.Tensor:
+        """I of TTT layer `index`, [D, Z]."""
+        return self.blocks[str(index)].inject
+
+    def forward(self, index: int, before_BLZ: torch.Tensor, injected_BLZ: torch.Tensor, bias_BHLT: torch.Tensor | LongBias, seen: tuple | FixedPair | None = None):
         """(s behind TTT layer `index`, the heads' keys and values so far); see Block."""
-        return self.blocks[str(index)](before_BLZ, x_BLD, bias_BHLT, seen)
+        return self.blocks[str(index)](before_BLZ, injected_BLZ, bias_BHLT, seen)
