@@ -39,7 +39,7 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict], tokens: int, b
     rows, pad_id = [], loaded.tokenizer.pad_token_id
     for first in tqdm(range(0, len(samples), batch_size), desc="reading prose", unit="batch"):
         batch = samples[first:first + batch_size]
-        memory, _ = write_rows(loaded.model, ttt, [prompts.written_ids(loaded.tokenizer, s["conversation"]) for s in batch], pad_id)
+        memory, _ = write_rows(loaded.model, ttt, [prompts.written_ids(loaded.tokenizer, s["conversation"]) for s in batch], pad_id, dropped=True)
         prose = [prompts.written_ids(loaded.tokenizer, s["distractor"])[:tokens] for s in batch]
         attached, alone = token_losses(loaded, prose, ttt, memory), token_losses(loaded, prose)
         rows += [{"sample_id": s["sample_id"], "tokens": len(ids) - 1, "with_memory": a.mean().item(), "without": b.mean().item()}

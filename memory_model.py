@@ -63,7 +63,7 @@ class WithMemory:
         if not all(rows):
             raise ValueError(f"input_ids: row {[bool(row) for row in rows].index(False)} has no token to write; leave it out")
         check_window(self, max(map(len, rows)), "write")
-        return write_rows(self, self._adapter(), rows, self._pad_id(), memory)[0]
+        return write_rows(self, self._adapter(), rows, self._pad_id(), memory, dropped=True)[0]
 
     def load_memory(self, path) -> Memory:
         """A memory that `Memory.save` wrote, on this model's device; MemoryFileError when it is broken or another model's."""

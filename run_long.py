@@ -99,7 +99,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
     if job.mode == "in_context":
         said, _ = answers_to(model, tokenizer, whole, new_tokens, line=False)
     elif job.mode == "ttt_strict":
-        memory, _ = write_rows(model, ttt, documents, pad)
+        memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
         said, _ = answers_to(model, tokenizer, [start + q for q in questions], new_tokens, None, ttt, memory, line=False)
     elif ttt.config.chunk is None or ttt.config.read_attention:
         memory, past = write_rows(model, ttt, documents, pad)

@@ -80,7 +80,7 @@ class Setup:
 
 def write(setup: Setup, rows: list[list[int]]) -> Memory:
     """The memory of each text; what attention saw is dropped."""
-    memory, _ = write_rows(setup.loaded.model, setup.ttt, rows, setup.loaded.tokenizer.pad_token_id)
+    memory, _ = write_rows(setup.loaded.model, setup.ttt, rows, setup.loaded.tokenizer.pad_token_id, dropped=True)
     return memory
 
 

@@ -143,8 +143,11 @@ FUSED = Fused()
 def look(mapped_BLM: torch.Tensor, bias_BHLT: torch.Tensor | LongBias, seen: tuple | FixedPair | None = None, attend=attention):
     """(what the heads of the new tokens gather, [B, L, Z], their keys and values so far); mapped: [B, L, 3 Z], see split_heads.
 
-    seen: the keys and values of the tokens before, where a text comes in pieces.
+    seen: the keys and values of the tokens before, where a text comes in pieces. Where gradients flow it is plain products: the fused
+    kernels' backward pass under a mask is the suspect of two runs that ended in NaN (DECISIONS 8 and 33).
     """
+    if mapped_BLM.requires_grad:
+        attend = plain_attention
     q, k, v = split_heads(mapped_BLM, bias_BHLT.dtype)
     if isinstance(seen, FixedPair):
         k, v = seen.put(k, v)
