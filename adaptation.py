@@ -2,9 +2,9 @@
 
 The text is read in pieces (an arm with chunks: its chunk). Before a piece is written, its tokens are predicted once by the base alone and
 once with the memory of all pieces before, attention seeing the whole text so far either way; a token is scored before it may be learned from.
-Then the piece is written. Streaming reads the same one token a call: an arm with chunks still updates at the end of a chunk, one whose chunk
-is the whole text writes every token as a text of its own. The inner loss of a token that left a slot is its rule's, k its key and u what it
-is to answer (in_place_ttt.py), in shares of |u|^2; a layer's is the mean over slots weighted by g |u|^2, g the strength of the write:
+Then the piece is written. Streaming reads the same one token a call; the weights still change at the end of a piece, since a target needs
+the tokens behind it. The inner loss of a token that left a slot is its rule's, k its key and u what it is to answer (in_place_ttt.py), in
+shares of |u|^2; a layer's is the mean over slots weighted by g |u|^2, g the strength of the write:
 
     ridge      l(W) = |W k - u|^2 / |u|^2       1 for a memory that holds nothing (l0)
     hebbian    l(W) = - <W k, u> / |u|^2        0 for a memory that holds nothing (l0); each write lowers it, without end
@@ -30,6 +30,7 @@ NEGLIGIBLE = 0.001    # nats a token that the model's own loss must fall by, by 
 RULE = (f"the inner loss falls where in most layers {MOST:.0%} of the tokens that leave a slot have a lower one after the write than before it; the model's own where the whole interval of its "
         f"gain lies above {NEGLIGIBLE} nats a token")
 EMPTY = "empty"
+ROUNDING = 1e-4       # of |dW|: a write that changes less has changed nothing (ridge solves anew for all slots, so that a text without a slot moves the last bits)
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Along:
     mass_NL: np.ndarray         # g |u|^2; 0 where the token left no slot
     inputs: list[str]           # state that each write started from (state_digest)
     outputs: list[str]          # state after each write
+    changes: list[float]        # what each write did to it (change)
     parameters: list[str]       # of base and adapter, before the first piece and after the last
     memory: Memory
 
@@ -77,7 +79,7 @@ def slot_losses(ttt: InPlaceTTT, writer, memory: Memory | None) -> dict[int, tup
         token_C = (writer.slots.weights[number, 0] > 0).nonzero()[:, 0]
         slot_C = torch.arange(len(token_C), device=token_C.device) if ttt.config.sparse else token_C  # a sparse arm has only its slots there
         wanted_CD = asked.values[0, slot_C].float()
-        read_CD = torch.zeros_like(wanted_CD) if memory is None else memory.layers[i].read(asked.keys[:, slot_C])[0].float()
+        read_CD = torch.zeros_like(wanted_CD) if memory is None else memory.layers[i].read(asked.keys)[0, slot_C].float()
         square_C = wanted_CD.pow(2).sum(-1)
         gap_C = (read_CD - wanted_CD).pow(2).sum(-1) if ttt.config.rule == "ridge" else -(read_CD * wanted_CD).sum(-1)
         loss_S, mass_S = np.full(writer.slots.weights.shape[-1], np.nan), np.zeros(writer.slots.weights.shape[-1])
@@ -108,6 +110,19 @@ def state_digest(memory: Memory | None) -> str:
     return tensors_digest(held)[:16] if held else EMPTY
 
 
+def change(before: Memory | None, after: Memory) -> float:
+    """Largest over the layers of |dW - dW'| / max(|dW|, |dW'|), in float64; 0 where neither holds anything. Before None: nothing yet."""
+    largest = 0.0
+    for i, layer in after.layers.items():
+        one, new = (memory and memory.layers[i].map(torch.Tensor.double) for memory in (before, after))
+        if before is None:
+            largest = max(largest, float(new.norm().item() > 0))
+            continue
+        minus = replace(one, update=-one.update) if one.is_dense else replace(one, values=-one.values)
+        largest = max(largest, (new.plus(minus).norm() / torch.maximum(one.norm(), new.norm()).clamp(min=1e-30)).item())
+    return largest
+
+
 def parameter_digest(loaded: Loaded, ttt: InPlaceTTT) -> str:
     """Of every parameter there is: the base's, a joint arm's LoRA, the adapter's."""
     return tensors_digest(dict(loaded.model.named_parameters()))[:16] + tensors_digest(ttt.tensors())[:16]
@@ -116,12 +131,12 @@ def parameter_digest(loaded: Loaded, ttt: InPlaceTTT) -> str:
 @torch.no_grad()
 def along(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], length: int, streaming: bool = False) -> Along:
     """Read a text piece by piece. Raises ValueError for a text of fewer than two pieces."""
-    cut = pieces(ids, ttt, 1 if streaming else length)
+    cut = pieces(ids, ttt, length)
     if len(cut) < 2:
         raise ValueError(f"a text of {len(ids)} tokens is one piece of {ttt.config.chunk or length}; give a longer text or shorter pieces")
     layers, step = tuple(sorted(ttt.config.layers)), 1 if streaming else len(ids)
     losses, inner = {"off": [], "on": []}, {name: {i: [] for i in layers} for name in ("l0", "prev", "after", "mass")}
-    memory, last, pasts, inputs, outputs, parameters = None, {}, {}, [], [], [parameter_digest(loaded, ttt)]
+    memory, last, pasts, inputs, outputs, changes, parameters = None, {}, {}, [], [], [], [parameter_digest(loaded, ttt)]
     for piece in cut:
         for name, known in (("off", None), ("on", memory)):
             with reading(ttt, known) as session:
@@ -132,6 +147,7 @@ def along(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], length: int, streamin
         inputs.append(state_digest(writer.start))
         earlier, memory = memory, smaller(writer.memory())
         outputs.append(state_digest(memory))
+        changes.append(change(earlier, memory))
         for name, known in (("l0", None), ("prev", earlier), ("after", memory)):
             for i, (loss_S, mass_S) in slot_losses(ttt, writer, known).items():
                 inner[name][i].append(loss_S)
@@ -140,7 +156,7 @@ def along(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], length: int, streamin
     parameters.append(parameter_digest(loaded, ttt))
     table = {name: np.stack([np.concatenate(by_layer[i]) for i in layers]) for name, by_layer in inner.items()}
     return Along(np.cumsum([0, *map(len, cut[:-1])]).tolist(), *(np.array([np.nan, *losses[name]]) for name in ("off", "on")), layers,
-                 *(table[name] for name in ("l0", "prev", "after", "mass")), inputs, outputs, parameters, memory)
+                 *(table[name] for name in ("l0", "prev", "after", "mass")), inputs, outputs, changes, parameters, memory)
 
 
 def smaller(memory: Memory) -> Memory:
@@ -190,7 +206,7 @@ def words(found: dict, rule: str) -> str:
     """What `summary` found, in words."""
     layers = [cell for cell in found["layers"].values() if cell["slots"]]
     mean = lambda name: float(np.mean([cell[name] for cell in layers]))
-    inner = "No token after the first piece leaves a slot, so nothing is asked of the memory." if not layers else (
+    inner = "No token after the first piece leaves a slot that asks for anything." if not layers else (
         f"The inner loss ({rule}; l0 {mean('l0'):.0f}) is {mean('l_prev'):.3f} before a token's piece is written and {mean('l_after'):.3f} after it (means over {len(layers)} layers), lower for "
         f"{mean('improved'):.0%} of the {sum(cell['slots'] for cell in layers)} slots.")
     slope = lambda name: "none" if found[name]["slope"] is None else f"{found[name]['slope']:.3f} {told(found[name]['ci'])}"

@@ -4,7 +4,7 @@
     python diagnose.py --model tiny-llama --form plain --chunk 16 --samples built-in --text built-in --streamed 64 --out /tmp/look     # an untrained start
 
 One folder, OUT/report.md with its figures, says in words and by rules that stand there:
-(1) along a text, piece by piece and one token a call: the inner loss of every layer beside the model's own (adaptation.py);
+(1) along a text, piece by piece and, of its beginning, one token a call: the inner loss of every layer beside the model's own (adaptation.py);
 (2) the state: handed on, reset, streamed, saved and loaded, with PASS or FAIL (state_checks.py);
 (3) for conversations with known facts: which written token a question meets, what each layer's memory does to answers and predictions, its size
 and spectrum, and whether the inner loss predicts recall (inside.py);
@@ -91,12 +91,26 @@ def scale_words(scaled: dict) -> str:
     return "\n".join(lines) + f"\n\n{verdict}\n"
 
 
+def in_short(what: dict) -> str:
+    """The report's answers in a few lines."""
+    failed = [check.asks for check in what["checks"] if not check.passed]
+    lines = [f"- Learning: {what['along']['disconnect']}.",
+             f"- State: {what['verdict']}; " + (f"{len(what['checks'])} of {len(what['checks'])} checks pass." if not failed else f"{len(failed)} of {len(what['checks'])} checks fail: {'; '.join(failed)}.")]
+    if what["memory"] is not None:
+        cells, says = what["memory"]["recall_by_inner_loss"], {None: "cannot be said", True: "yes", False: "no"}
+        lines += [f"- Output: {what['memory']['em']:.3f} of {what['memory']['questions']} questions are right with the memory alone, {what['memory']['em_without_memory']:.3f} without it.",
+                  f"- Does the inner loss predict recall? By right answers: {says[predicts(cells['with_right'], -1)]}; by the gold answer's loss: {says[predicts(cells['with_loss'], 1)]}. "
+                  f"Does finding the fact? {says[predicts(cells['finding_with_right'], 1)]}; {says[predicts(cells['finding_with_loss'], -1)]}.",
+                  f"- Does the inner loss predict the outer loss? On the same tokens: {says[predicts(what['along']['same_tokens'], 1)]}; of a write, on the next piece: {says[predicts(what['along']['next_piece'], 1)]}."]
+    return "\n".join(lines) + "\n"
+
+
 def report_text(arm: str, loaded, rule: str, what: dict) -> str:
     """report.md."""
-    parts = [f"# Inside {arm} on {loaded.row.name}", "`" + provenance()["command"] + "`",
+    parts = [f"# Inside {arm} on {loaded.row.name}", "`" + provenance()["command"] + "`", in_short(what),
              f"## Is it learning? Inner and outer loss along {what['text']}", f"Rule: {adaptation.RULE}. Slopes are Theil and Sen's over pieces; 95% intervals.",
              "### Piece by piece", adaptation.words(what["along"], rule), "![Inner and outer loss, piece by piece](along.png)", adaptation.relation_words(what["along"]),
-             "### One token a call", adaptation.words(what["streamed"], rule), "![Inner and outer loss, one token a call](streamed.png)",
+             "### One token a call", adaptation.words(what["streamed"], rule), "![Inner and outer loss, token by token](streamed.png)",
              "## Is it kept? The state", f"Verdict: {what['verdict']}.", state_checks.table(what["checks"])]
     if what["memory"] is not None:
         parts += ["## Does it reach the output? Conversations with known facts", memory_words(what["memory"]), "![A fact being found](found.png)", "![A fact being found, by layer](found_layers.png)",
@@ -128,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     text.add_argument("--text", help=f"read along: {BUILT_IN}, the id of a sample, or a text file (default: the first conversation with prose behind it)")
     text.add_argument("--tokens", type=int, default=2048, help="of that text (default: %(default)s)")
     text.add_argument("--piece", type=int, default=64, help="tokens of a piece, for an arm whose whole text is one chunk (default: %(default)s)")
-    text.add_argument("--streamed", type=int, default=160, help="tokens of that text which are read once more one a call, and checked (default: %(default)s)")
+    text.add_argument("--streamed", type=int, default=160, help="tokens of that text that are read once more one a call, and checked (default: %(default)s)")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--out", required=True, type=Path, help="folder of the result")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

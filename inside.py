@@ -2,6 +2,7 @@
 update is, and what becomes of the answers when it is scaled. diagnose.py asks; figures are in inside_figures.py."""
 from __future__ import annotations
 
+import copy
 import zlib
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 import prompts
 from adaptation import slot_losses
 from conditions import MAX_NEW_TOKENS
-from decoding import answers_to, forward_all, heard
+from decoding import Past, answers_to, forward_all, heard
 from evaluate import degenerate, exact_match
 from in_place_ttt import InPlaceTTT
 from intervals import Bootstrap, em_interval
@@ -65,12 +66,17 @@ def write(loaded: Loaded, ttt: InPlaceTTT, sample: dict) -> Text:
                 slot_losses(ttt, writer, memory), memory)
 
 
-@torch.no_grad()
-def ask(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, lang: str, probe: dict) -> Asked:
-    """The example before the question is read in a context of its own, as run_experiment.py does it."""
-    tokenizer = loaded.tokenizer
+@torch.inference_mode()
+def example(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, lang: str) -> Past:
+    """The example before the questions, read with each row of the memory in a context of its own, as run_experiment.py does it."""
+    return heard(loaded.model, [prompts.head_ids(loaded.tokenizer, lang, with_text=False)] * memory.batch, loaded.tokenizer.pad_token_id, ttt, memory)
+
+
+@torch.inference_mode()
+def ask(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, past: Past, lang: str, probe: dict) -> Asked:
+    """past: what `example` read; it is left as it is."""
+    tokenizer, past = loaded.tokenizer, copy.deepcopy(past)
     tail, gold = prompts.tail_ids(tokenizer, lang, probe["question"]), prompts.answer_ids(tokenizer, lang, probe["gold_answer"])
-    past = heard(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, tokenizer.pad_token_id, ttt, memory)
     ids = torch.tensor([tail + gold] * memory.batch, device=loaded.device)
     answer = slice(len(tail) - 1, -1)  # what predicts the answer's tokens
     watch = torch.zeros_like(ids, dtype=torch.bool)
@@ -147,9 +153,8 @@ def spectrum(memory: Memory, i: int) -> dict:
 def answers(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, sample: dict) -> list[list[str]]:
     """Of each row of the memory, the answers to the sample's questions with it."""
     tokenizer, lang, probes = loaded.tokenizer, sample["lang"], sample["probes"]
-    past = heard(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, tokenizer.pad_token_id, ttt, memory)
     tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for probe in probes]
-    said, _ = answers_to(loaded.model, tokenizer, tails * memory.batch, MAX_NEW_TOKENS, past, ttt, memory)
+    said, _ = answers_to(loaded.model, tokenizer, tails * memory.batch, MAX_NEW_TOKENS, example(loaded, ttt, memory, lang), ttt, memory)
     return [said[start:start + len(probes)] for start in range(0, len(said), len(probes))]
 
 
@@ -169,14 +174,17 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict,
         together = Memory.stack(list(parts.values()))
         for name, said in zip(parts, answers(loaded, ttt, together, sample)):
             correct.setdefault(name, []).extend(right(said, sample))
+        predicting = {name: row for row, name in enumerate(parts) if name[0] != "from"}
+        together = together.select(list(predicting.values()))
+        past = example(loaded, ttt, together, sample["lang"])
         norms, spectra = text.memory.update_norms(), {i: spectrum(text.memory, i) for i in layers}
         first_spectra = first_spectra or {i: spectra[i]["singular_values"] for i in layers}
         for i in layers:
             sums[i]["update_norm"].append(norms[i].item())
             sums[i]["effective_rank"].append(spectra[i]["effective_rank"])
         for number, probe in enumerate(sample["probes"]):
-            asked = ask(loaded, ttt, together, sample["lang"], probe)
-            predicted = dict(zip(parts, log_softmax(asked.logits, -1)))
+            asked = ask(loaded, ttt, together, past, sample["lang"], probe)
+            predicted = dict(zip(predicting, log_softmax(asked.logits, -1)))
             best, kept = met_best(text, asked, probe), kept_of(text, probe)
             for name, one in predicted.items():
                 losses.setdefault(name, []).append(nll_loss(one, asked.gold).item())
@@ -192,10 +200,16 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict,
                 drawn.append((text, probe, asked))
     mean = lambda values: sum(values) / len(values)
     by_layer = {i: {name: mean(values) for name, values in sums[i].items()} | {
-        f"{name}_{kind}": mean(measured[kind, i]) for name, measured in (("em", correct), ("loss", losses)) for kind in ("without", "only", "from")} for i in layers}
+        f"{name}_{kind}": mean(values[i]) for name, measured in (("em", correct), ("loss", losses)) for kind, values in by_kind(measured).items()} for i in layers}
     return {"conversations": len(samples), "questions": len(rows), "em": mean(correct["all", None]), "em_without_memory": mean(correct["none", None]),
             "loss": mean(losses["all", None]), "loss_without_memory": mean(losses["none", None]), "layers": by_layer, "recall_by_inner_loss": recall_by_inner(rows, layers),
             "spectrum_of_the_first": first_spectra, "questions_and_what_they_met": list(map(told_short, rows))}, drawn
+
+
+def by_kind(measured: dict[tuple[str, int | None], list]) -> dict[str, dict[int, list]]:
+    """{what was done to a layer: {layer: values}}."""
+    kinds = {kind for kind, i in measured if i is not None}
+    return {kind: {i: values for (name, i), values in measured.items() if name == kind} for kind in sorted(kinds)}
 
 
 def recall_by_inner(rows: list[dict], layers: list[int]) -> dict:

@@ -1,7 +1,8 @@
 """The figures of diagnose.py, in the style of plots.py."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 import plots
 from adaptation import Along
@@ -19,18 +21,26 @@ SHADES = matplotlib.colormaps["Blues"]
 DARKEST = 0.7       # of the shades: black letters stay legible on it
 LINE = 96           # letters of a line of text
 LETTER = 0.0731     # inches that a letter of 8.75 points takes in a monospaced font
+PAGE_COLORS = 64    # of found.png: a page of text is a large file
 STRONGEST = 36      # words of found_layers.png
 
 
-def draw_all(folder: Path, found: dict, drawn: list, read: Along, streamed: Along, scaled: dict, arm: str) -> list[str]:
-    """Write the figures of one report into the folder; without conversations (nothing drawn) those of the text alone. Returns their names."""
+def draw_all(folder: Path, found: dict, drawn: list, read: Along, streamed: Along, scaled: dict, arm: str) -> None:
+    """Write the figures of one report into the folder; without conversations (nothing drawn) those of the text alone."""
     with matplotlib.rc_context(plots.STYLE):
-        figures = {"along": along(read, f"{arm}, piece by piece"), "streamed": along(streamed, f"{arm}, one token a call")}
+        figures = {"along": along(read, f"{arm}, piece by piece"), "streamed": along(replace(streamed, starts=list(range(len(streamed.off_L)))), f"{arm}, token by token")}
         if drawn:
             figures |= {"found": found_in_text(drawn, found), "found_layers": found_by_layer(drawn), "layers": layers_panels(found), "scale": scale(scaled, found["questions"])}
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.png")
-    return list(figures)
+        if drawn:
+            fewer_colors(folder / "found.png")
+
+
+def fewer_colors(path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    Image.open(path).convert("RGB").quantize(PAGE_COLORS).save(part, "PNG", optimize=True)
+    os.replace(part, path)
 
 
 # ---- along a text ----
@@ -56,12 +66,12 @@ def along(read: Along, title: str) -> Figure:
         inner.errorbar(middles, middle, np.stack([middle - low, high - middle]), color=color, marker=marker, markersize=4, linestyle="none", elinewidth=0.6, alpha=0.9, label=label)
     l0 = np.nanmean(read.l0_NL) if np.isfinite(read.l0_NL).any() else 0.0
     inner.axhline(l0, color="black", linewidth=0.8, linestyle=":", label="under the initial weights (l0)")
-    if np.nanmax(np.abs(read.after_NL), initial=0) > 3:
+    if np.nanmax(np.abs(read.inner("after")), initial=0) > 3:
         inner.set_yscale("symlog", linthresh=1)
     inner.set_ylabel("inner loss, share of what is asked\n(dot: mean over layers; bar: their range)")
     inner.set_xlabel("tokens of the text")
     for ax in (outer, inner):
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
     return figure
 
 
@@ -185,7 +195,7 @@ def layers_panels(found: dict) -> Figure:
               ("divergence from the whole memory", "KL of the predictions, nats", (("without this layer", "kl_without"), ("this layer alone", "kl_only")), None),
               ("the query meets the fact best", "share of questions", (("by its key", "in_fact"), ("a slot at random", "chance")), None),
               ("size of the update", "ratio", (("|dW| / |W_down|", "update_norm"), ("of the MLP's output", "share_of_output")), None),
-              ("effective rank of dW", "rank", (("exp(entropy of the singular values)", "effective_rank"),), None))
+              ("effective rank of dW", "exp(entropy of singular values)", (("", "effective_rank"),), None))
     figure = Figure(figsize=(11, 7.2))
     figure.suptitle(f"What each layer's memory does: {found['conversations']} conversations, {found['questions']} questions")
     axes = figure.subplots(2, 3).ravel()
@@ -194,7 +204,8 @@ def layers_panels(found: dict) -> Figure:
         if whole is not None:
             ax.axhline(whole, color="black", linewidth=1, linestyle="--", label="all layers")
         ax.set(title=title, ylabel=unit, xlabel="layer")
-        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        if len(series) > 1:
+            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     axes[1].set_yscale("symlog", linthresh=0.01)
     spectra = found["spectrum_of_the_first"]
     for number, (i, values) in enumerate(spectra.items()):
@@ -216,7 +227,7 @@ def bars(ax, layers: dict, series) -> None:
 def scale(scaled: dict, questions: int) -> Figure:
     """Right answers, and empty or stuck ones, against the size of the update."""
     figure = Figure(figsize=(7, 4.4))
-    figure.suptitle(f"Answers against the size of the update, {questions} questions\n(the memory, and random updates of its norm, times a factor; bars: 95% bootstrap over conversations)")
+    figure.suptitle(f"Answers against the size of the update, {questions} questions:\nthe memory, and random updates of its norm, times a factor\n(bars: 95% bootstrap over conversations)")
     ax = figure.subplots()
     plots.scale_panel(ax, scaled)
     plots.shared_legend(figure, [ax], key=None, ncols=2)

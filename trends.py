@@ -11,7 +11,8 @@ from scipy import stats
 
 from intervals import CONFIDENCE, Bootstrap, interval
 
-LEAST = 3  # points of a slope
+LEAST = 3         # points of a slope or a correlation
+LEAST_GROUPS = 6  # for an interval of a correlation
 
 
 def mean_of(values) -> dict:
@@ -53,7 +54,7 @@ def rank_correlation(first, second, groups=None) -> dict:
     first, second, groups = first[known], second[known], groups[known]
     rows = [np.flatnonzero(groups == group) for group in dict.fromkeys(groups.tolist())]
     rho, ci = spearman(first, second), None
-    if rho is not None and len(rows) >= LEAST:
+    if rho is not None and len(rows) >= LEAST_GROUPS:
         def of_one(picked):
             chosen = np.concatenate([rows[int(group)] for group in picked])
             return spearman(first[chosen], second[chosen]) or 0.0
