@@ -40,7 +40,7 @@ def spearman(first, second) -> float | None:
     pairs = pairs[np.isfinite(pairs).all(1)]
     if len(pairs) < LEAST or (np.ptp(pairs, axis=0) == 0).any():
         return None
-    return float(stats.spearmanr(*pairs.T).statistic)
+    return float(np.corrcoef(stats.rankdata(pairs, axis=0).T)[0, 1])  # stats.spearmanr also finds a p, which a bootstrap does not want
 
 
 def rank_correlation(first, second, groups=None) -> dict:
