@@ -27,8 +27,8 @@ from trends import mean_of, predicts, rank_correlation, slope_of, told
 
 MOST = 0.9            # of the slots of a layer have a lower inner loss after the write: the layer's inner loss falls
 NEGLIGIBLE = 0.001    # nats a token that the model's own loss must fall by, by the low end of the interval, before it counts
-RULE = (f"the inner loss falls where in most layers {MOST:.0%} of the tokens that leave a slot have a lower one after the write than before it; the model's own where the whole interval of its "
-        f"gain lies above {NEGLIGIBLE} nats a token")
+RULE = (f"the inner loss falls where in most layers {MOST:.0%} of the tokens that leave a slot have a lower one after the write than before it; "
+        f"the model's own where the whole interval of its gain lies above {NEGLIGIBLE} nats a token")
 EMPTY = "empty"
 ROUNDING = 1e-4       # of |dW|: a write that changes less has changed nothing (ridge solves anew for all slots, so that a text without a slot moves the last bits)
 
@@ -207,11 +207,12 @@ def words(found: dict, rule: str) -> str:
     layers = [cell for cell in found["layers"].values() if cell["slots"]]
     mean = lambda name: float(np.mean([cell[name] for cell in layers]))
     inner = "No token after the first piece leaves a slot that asks for anything." if not layers else (
-        f"The inner loss ({rule}; l0 {mean('l0'):.0f}) is {mean('l_prev'):.3f} before a token's piece is written and {mean('l_after'):.3f} after it (means over {len(layers)} layers), lower for "
-        f"{mean('improved'):.0%} of the {sum(cell['slots'] for cell in layers)} slots.")
+        f"The inner loss ({rule}; l0 {mean('l0'):.0f}) is {mean('l_prev'):.3f} before a token's piece is written and {mean('l_after'):.3f} after it "
+        f"(means over {len(layers)} layers), lower for {mean('improved'):.0%} of the {sum(cell['slots'] for cell in layers)} slots.")
     slope = lambda name: "none" if found[name]["slope"] is None else f"{found[name]['slope']:.3f} {told(found[name]['ci'])}"
-    return (f"{found['tokens']} tokens in {found['pieces']} pieces: the model's own loss is {found['loss_off']:.3f} nats a token by the base alone and {found['loss_on']:.3f} with what was written before "
-            f"(gain {found['gain']:.3f} {told(found['gain_ci'])}; slope for 1,000 tokens: off {slope('slope_off')}, on {slope('slope_on')}, gain {slope('slope_gain')}). {inner}\n\n"
+    return (f"{found['tokens']} tokens in {found['pieces']} pieces: the model's own loss is {found['loss_off']:.3f} nats a token by the base alone "
+            f"and {found['loss_on']:.3f} with what was written before (gain {found['gain']:.3f} {told(found['gain_ci'])}; "
+            f"slope for 1,000 tokens: off {slope('slope_off')}, on {slope('slope_on')}, gain {slope('slope_gain')}). {inner}\n\n"
             f"**Verdict: {found['disconnect']}.**\n")
 
 

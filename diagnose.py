@@ -53,11 +53,13 @@ def memory_words(found: dict) -> str:
     else:
         lines += [
             f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
-            (f", {lost:.3f} fewer" if lost > 0 else ", so no single layer is needed") + f", and the predictions move by {layers[needed]['kl_without']:.2f} nats (KL).",
+            (f", {lost:.3f} fewer" if lost > 0 else ", so no single layer is needed") +
+            f", and the predictions move by {layers[needed]['kl_without']:.2f} nats (KL).",
             f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
             ("The layers work together." if layers[alone]["em_only"] < 0.5 * found["em"] else "It carries most of the memory by itself.") +
             f" Layers {deep} and deeper are enough for {ENOUGH:.0%} of what all of them answer ({layers[deep]['em_from']:.3f})."]
-    lines.append(f"The update is {ends('update_norm', 2)} times |W_down|, of effective rank {ends('effective_rank', 0)}, and adds {ends('share_of_output', 2)} of the MLP's output while an answer is said.")
+    lines.append(f"The update is {ends('update_norm', 2)} times |W_down|, of effective rank {ends('effective_rank', 0)}, "
+                 f"and adds {ends('share_of_output', 2)} of the MLP's output while an answer is said.")
     return "\n\n".join(lines) + "\n"
 
 
@@ -72,10 +74,13 @@ def recall_words(found: dict) -> str:
         return f"{cell['rho']:.2f} {told(cell['ci'], 2)} ({ {None: 'no answer', True: 'yes', False: 'no'}[predicts(cell, sign)] })"
 
     mean = lambda cell: "none" if cell["mean"] is None else f"{cell['mean']:.3f} {told(cell['ci'])}"
-    return (f"Does the inner loss predict recall? Spearman's correlation of the inner loss that is left in the fact's slots (mean over the layers that have one) with whether the answer is right: "
-            f"{rho('with_right', -1)}; with the loss of the gold answer: {rho('with_loss', 1)}; {cells['with_right']['n']} questions of {cells['with_right']['groups']} conversations, intervals over conversations. "
-            f"Yes: the whole interval lies on the side where less inner loss goes with more recall. Mean inner loss of the facts that are answered {mean(cells['inner_where_right'])}, of the others {mean(cells['inner_where_wrong'])}. "
-            f"Beside it, the share of layers whose query meets the fact best: with right answers {rho('finding_with_right', 1)}, with the gold answer's loss {rho('finding_with_loss', -1)}.\n")
+    return ("Does the inner loss predict recall? Spearman's correlation of the inner loss that is left in the fact's slots (mean over the layers that have one) "
+            f"with whether the answer is right: {rho('with_right', -1)}; with the loss of the gold answer: {rho('with_loss', 1)}; "
+            f"{cells['with_right']['n']} questions of {cells['with_right']['groups']} conversations, intervals over conversations. "
+            "Yes: the whole interval lies on the side where less inner loss goes with more recall. "
+            f"Mean inner loss of the facts that are answered {mean(cells['inner_where_right'])}, of the others {mean(cells['inner_where_wrong'])}. "
+            "Beside it, the share of layers whose query meets the fact best: "
+            f"with right answers {rho('finding_with_right', 1)}, with the gold answer's loss {rho('finding_with_loss', -1)}.\n")
 
 
 def scale_words(scaled: dict) -> str:
@@ -86,22 +91,25 @@ def scale_words(scaled: dict) -> str:
         lines.append(f"| {what}: empty or stuck | " + " | ".join(f"{cell['degenerate']:.3f}" for cell in cells) + " |")
     memory, noise = scaled.values()
     best = max(memory, key=lambda cell: cell["em"])
-    verdict = (f"Best at ×{best['factor']:g} ({best['em']:.3f} right; |dW| {best['update_norm']:.2f} times |W_down|)." if best["em"] > max(cell["em"] for cell in noise)
+    verdict = (f"Best at ×{best['factor']:g} ({best['em']:.3f} right; |dW| {best['update_norm']:.2f} times |W_down|)."
+               if best["em"] > max(cell["em"] for cell in noise)
                else "At no size does the memory answer more than noise of its norm: the size of the update is not what is missing.")
     return "\n".join(lines) + f"\n\n{verdict}\n"
 
 
 def in_short(what: dict) -> str:
     """The report's answers in a few lines."""
-    failed = [check.asks for check in what["checks"] if not check.passed]
-    lines = [f"- Learning: {what['along']['disconnect']}.",
-             f"- State: {what['verdict']}; " + (f"{len(what['checks'])} of {len(what['checks'])} checks pass." if not failed else f"{len(failed)} of {len(what['checks'])} checks fail: {'; '.join(failed)}.")]
-    if what["memory"] is not None:
-        cells, says = what["memory"]["recall_by_inner_loss"], {None: "cannot be said", True: "yes", False: "no"}
-        lines += [f"- Output: {what['memory']['em']:.3f} of {what['memory']['questions']} questions are right with the memory alone, {what['memory']['em_without_memory']:.3f} without it.",
-                  f"- Does the inner loss predict recall? By right answers: {says[predicts(cells['with_right'], -1)]}; by the gold answer's loss: {says[predicts(cells['with_loss'], 1)]}. "
-                  f"Does finding the fact? {says[predicts(cells['finding_with_right'], 1)]}; {says[predicts(cells['finding_with_loss'], -1)]}.",
-                  f"- Does the inner loss predict the outer loss? On the same tokens: {says[predicts(what['along']['same_tokens'], 1)]}; of a write, on the next piece: {says[predicts(what['along']['next_piece'], 1)]}."]
+    checks, along, memory = what["checks"], what["along"], what["memory"]
+    failed = "; ".join(check.asks for check in checks if not check.passed)
+    says = lambda cell, sign: {None: "cannot be said", True: "yes", False: "no"}[predicts(cell, sign)]
+    lines = [f"- Learning: {along['disconnect']}.",
+             f"- State: {what['verdict']}; {sum(check.passed for check in checks)} of {len(checks)} checks pass{'; not: ' + failed if failed else ''}.",
+             f"- Does the inner loss predict the outer loss? On the same tokens: {says(along['same_tokens'], 1)}; of a write, on the next piece: {says(along['next_piece'], 1)}."]
+    if memory is not None:
+        cells = memory["recall_by_inner_loss"]
+        lines += [f"- Output: {memory['em']:.3f} of {memory['questions']} questions are right with the memory alone, {memory['em_without_memory']:.3f} without it.",
+                  f"- Does the inner loss predict recall? By right answers: {says(cells['with_right'], -1)}; by the gold answer's loss: {says(cells['with_loss'], 1)}. "
+                  f"Does finding the fact? {says(cells['finding_with_right'], 1)}; {says(cells['finding_with_loss'], -1)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -109,12 +117,14 @@ def report_text(arm: str, loaded, rule: str, what: dict) -> str:
     """report.md."""
     parts = [f"# Inside {arm} on {loaded.row.name}", "`" + provenance()["command"] + "`", in_short(what),
              f"## Is it learning? Inner and outer loss along {what['text']}", f"Rule: {adaptation.RULE}. Slopes are Theil and Sen's over pieces; 95% intervals.",
-             "### Piece by piece", adaptation.words(what["along"], rule), "![Inner and outer loss, piece by piece](along.png)", adaptation.relation_words(what["along"]),
+             "### Piece by piece", adaptation.words(what["along"], rule), "![Inner and outer loss, piece by piece](along.png)",
+             adaptation.relation_words(what["along"]),
              "### One token a call", adaptation.words(what["streamed"], rule), "![Inner and outer loss, token by token](streamed.png)",
              "## Is it kept? The state", f"Verdict: {what['verdict']}.", state_checks.table(what["checks"])]
     if what["memory"] is not None:
-        parts += ["## Does it reach the output? Conversations with known facts", memory_words(what["memory"]), "![A fact being found](found.png)", "![A fact being found, by layer](found_layers.png)",
-                  "![What each layer does](layers.png)", recall_words(what["memory"]), "## Is it the size?", scale_words(what["scaled"]), "![Answers against the size of the update](scale.png)"]
+        parts += ["## Does it reach the output? Conversations with known facts", memory_words(what["memory"]), "![A fact being found](found.png)",
+                  "![A fact being found, by layer](found_layers.png)", "![What each layer does](layers.png)", recall_words(what["memory"]),
+                  "## Is it the size?", scale_words(what["scaled"]), "![Answers against the size of the update](scale.png)"]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -137,8 +147,8 @@ def parse_arguments() -> argparse.Namespace:
     text = parser.add_argument_group("what it reads")
     text.add_argument("--benchmark", default="benchmark_v1.json", help="file that conversations come from (default: %(default)s)")
     text.add_argument("--lang", default="en", choices=benchmark_file.LANGS)
-    text.add_argument("--samples", default="12", help=f"how many level-1 conversations, from the first on, or names of samples with a comma between, {BUILT_IN} among them; 0: none, so parts 1 and 2 alone "
-                                                      "(default: %(default)s)")
+    text.add_argument("--samples", default="12", help=f"how many level-1 conversations, from the first on, or names of samples with a comma between, "
+                                                      f"{BUILT_IN} among them; 0: none, so parts 1 and 2 alone (default: %(default)s)")
     text.add_argument("--text", help=f"read along: {BUILT_IN}, the id of a sample, or a text file (default: the first conversation with prose behind it)")
     text.add_argument("--tokens", type=int, default=2048, help="of that text (default: %(default)s)")
     text.add_argument("--piece", type=int, default=64, help="tokens of a piece, for an arm whose whole text is one chunk (default: %(default)s)")
@@ -176,14 +186,16 @@ def main() -> None:
     few, read, streamed = read_text(arguments, loaded, ttt, text)
     checks = state_checks.run(loaded, ttt, few, read, streamed)
     found, drawn = inside.measure(loaded, ttt, samples) if samples else (None, [])
-    what = {"text": name, "along": adaptation.summary(read), "streamed": adaptation.summary(streamed), "verdict": state_checks.verdict(state_checks.moves(read), read.parameters),
-            "checks": checks, "memory": found, "scaled": inside.scaled(loaded, ttt, samples) if samples else None}
+    what = {"text": name, "along": adaptation.summary(read), "streamed": adaptation.summary(streamed), "checks": checks,
+            "verdict": state_checks.verdict(state_checks.moves(read), read.parameters), "memory": found,
+            "scaled": inside.scaled(loaded, ttt, samples) if samples else None}
     written = report_text(arm, loaded, ttt.config.rule, what)
     arguments.out.mkdir(parents=True, exist_ok=True)
     inside_figures.draw_all(arguments.out, found, drawn, read, streamed, what["scaled"], arm)
     save_positions(read, arguments.out / "along.npz")
+    source = {"file": arguments.benchmark, "sha256": benchmark_file.sha256_of(arguments.benchmark)}
     write_json(arguments.out / "report.json", {"arm": arm, "model": loaded.row.name, "lang": arguments.lang, **what, "checks": [check._asdict() for check in checks],
-                                               "benchmark": {"file": arguments.benchmark, "sha256": benchmark_file.sha256_of(arguments.benchmark)}, "device": reason, **provenance()})
+                                               "benchmark": source, "device": reason, **provenance()})
     part = arguments.out / "report.md.part"
     part.write_text(written, encoding="utf-8")
     os.replace(part, arguments.out / "report.md")

@@ -29,9 +29,12 @@ PASSAGES = 4  # of the training bank's prose behind the built-in conversation
 def built_in() -> dict:
     """A short English conversation with four facts, prose behind it, in the shape of a benchmark's sample of level 3."""
     text = "\n".join(TURNS)
-    facts = [{"fact_id": f"f{n}", "fact_text": said, "category": category, "span": [text.index(said), text.index(said) + len(said)]} for n, (said, category, _, _) in enumerate(FACTS)]
-    probes = [{"probe_id": f"{BUILT_IN}-p{n}", "question": question, "gold_answer": answer, "required_facts": [f"f{n}"]} for n, (_, _, question, answer) in enumerate(FACTS)]
-    return {"sample_id": BUILT_IN, "level": 3, "lang": "en", "conversation": text, "facts": facts, "probes": probes, "distractor": "\n\n".join(training_bank.passages("en")[:PASSAGES])}
+    facts = [{"fact_id": f"f{n}", "fact_text": said, "category": category, "span": [text.index(said), text.index(said) + len(said)]}
+             for n, (said, category, _, _) in enumerate(FACTS)]
+    probes = [{"probe_id": f"{BUILT_IN}-p{n}", "question": question, "gold_answer": answer, "required_facts": [f"f{n}"]}
+              for n, (_, _, question, answer) in enumerate(FACTS)]
+    return {"sample_id": BUILT_IN, "level": 3, "lang": "en", "conversation": text, "facts": facts, "probes": probes,
+            "distractor": "\n\n".join(training_bank.passages("en")[:PASSAGES])}
 
 
 def by_id(bench: dict, sample_id: str) -> dict | None:
@@ -67,7 +70,8 @@ def choose_text(bench: dict, asked: str | None, lang: str, file) -> tuple[str, s
     try:
         return Path(asked).read_text(encoding="utf-8"), asked
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {asked}: no sample of {file}, and cannot be read as UTF-8 text ({type(error).__name__}); name a sample, a file, or {BUILT_IN}") from error
+        raise UserError(f"--text {asked}: no sample of {file}, and cannot be read as UTF-8 text ({type(error).__name__}); "
+                        f"name a sample, a file, or {BUILT_IN}") from error
 
 
 def attach(loaded: Loaded, adapter: str | None, form: str, chunk: str | None, seed: int = 0) -> tuple[InPlaceTTT, str]:

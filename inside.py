@@ -30,7 +30,8 @@ SINGULAR_VALUES = 64                               # kept of each spectrum
 
 @dataclass(frozen=True)
 class Text:
-    """One conversation of S tokens, written: its tokens as words, the character span of each, under what key and how strongly each layer writes it, and how well it keeps it."""
+    """One conversation of S tokens, written: its tokens as words, the character span of each, under what key and how strongly each layer writes it,
+    and how well it keeps it."""
 
     sample: dict
     words: list[str]
@@ -213,8 +214,9 @@ def by_kind(measured: dict[tuple[str, int | None], list]) -> dict[str, dict[int,
 
 
 def recall_by_inner(rows: list[dict], layers: list[int]) -> dict:
-    """Does the inner loss predict recall? Over questions, Spearman's correlation of the inner loss, after writing, of the fact's slots (mean over the layers that have one; and by
-    layer) with whether the answer is right, and with the loss of the gold answer; beside it the share of layers whose query meets the fact best. Intervals over conversations."""
+    """Does the inner loss predict recall? Over questions, Spearman's correlation of the inner loss, after writing, of the fact's slots (mean over the
+    layers that have one; and by layer) with whether the answer is right, and with the loss of the gold answer; beside it the share of layers whose
+    query meets the fact best. Intervals over conversations."""
     groups = [row["sample_id"] for row in rows]
     right, loss = ([float(row[name]) for row in rows] for name in ("right", "loss"))
     kept = {i: [np.nan if row["kept"][i] is None else row["kept"][i] for row in rows] for i in layers}
@@ -228,15 +230,18 @@ def recall_by_inner(rows: list[dict], layers: list[int]) -> dict:
 
 
 def told_short(row: dict) -> dict:
-    """A question as the report keeps it: of each layer [inner loss of its fact, the token met best, the one after it, how well it is met, 1 where it is of the fact]."""
-    by_layer = {i: [kept if (kept := row["kept"][i]) is None else round(kept, 3), met["word"], met["next"], round(met["met"], 3), int(met["in_fact"])] for i, met in row["met_best"].items()}
+    """A question as the report keeps it: of each layer [inner loss of its fact, the token met best, the one after it, how well it is met, 1 where it is
+    of the fact]."""
+    by_layer = {i: [kept if (kept := row["kept"][i]) is None else round(kept, 3), met["word"], met["next"], round(met["met"], 3), int(met["in_fact"])]
+                for i, met in row["met_best"].items()}
     return {name: row[name] for name in ("sample_id", "probe_id", "question", "gold", "right")} | {"loss": round(row["loss"], 3), "by_layer": by_layer}
 
 
 # ---- the size of the update ----
 
 def scaled(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> dict[str, list[dict]]:
-    """{what is scaled: cells by growing factor}: exact match and the share of empty or stuck answers with the memory, and with a random update of its norm, times each factor."""
+    """{what is scaled: cells by growing factor}: exact match and the share of empty or stuck answers with the memory, and with a random update of its
+    norm, times each factor."""
     rows = {(what, factor): [] for what, _ in SCALED for factor in FACTORS}
     for sample in tqdm(samples, unit="conversation", desc="scaling"):
         memory = replace((text := write(loaded, ttt, sample)).memory, layers={i: layer.smaller_form() for i, layer in text.memory.layers.items()})
@@ -245,8 +250,9 @@ def scaled(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> dict[str, li
             said = answers(loaded, ttt, Memory.stack([one.scale(factor) for factor in FACTORS]), sample)
             for factor, of_row in zip(FACTORS, said):
                 size = factor * one.update_norm().item()
-                rows[what, factor] += [{"sample_id": sample["sample_id"], "probe_id": probe["probe_id"], "seed": 0, "em": float(good), "degenerate": degenerate(answer, sample["lang"]),
-                                        "size": size} for answer, good, probe in zip(of_row, right(of_row, sample), sample["probes"])]
+                rows[what, factor] += [{"sample_id": sample["sample_id"], "probe_id": probe["probe_id"], "seed": 0, "em": float(good), "size": size,
+                                        "degenerate": degenerate(answer, sample["lang"])} for answer, good, probe in zip(of_row, right(of_row, sample), sample["probes"])]
     mean = lambda found, name: sum(row[name] for row in found) / len(found)
-    return {what: [{"factor": factor, "update_norm": mean(found, "size"), "em": mean(found, "em"), "em_ci": em_interval(found, Bootstrap()), "degenerate": mean(found, "degenerate"),
-                    "n": len(found)} for factor in FACTORS for found in [rows[what, factor]]] for what, _ in SCALED}
+    cell = lambda factor, found: {"factor": factor, "update_norm": mean(found, "size"), "em": mean(found, "em"), "em_ci": em_interval(found, Bootstrap()),
+                                  "degenerate": mean(found, "degenerate"), "n": len(found)}
+    return {what: [cell(factor, rows[what, factor]) for factor in FACTORS] for what, _ in SCALED}

@@ -63,7 +63,8 @@ def along(read: Along, title: str) -> Figure:
     for name, color, marker, label in (("prev", plots.COLORS[1], "o", "before the piece is written (l_prev)"), ("after", plots.COLORS[0], "v", "after it (l_after)")):
         by_layer = read.inner(name)
         middle, low, high = (np.ma.masked_invalid(by_layer).mean(0).filled(np.nan), *(edge(by_layer) for edge in (lowest, highest)))
-        inner.errorbar(middles, middle, np.stack([middle - low, high - middle]), color=color, marker=marker, markersize=4, linestyle="none", elinewidth=0.6, alpha=0.9, label=label)
+        inner.errorbar(middles, middle, np.stack([middle - low, high - middle]), color=color, marker=marker, markersize=4, linestyle="none",
+                       elinewidth=0.6, alpha=0.9, label=label)
     l0 = np.nanmean(read.l0_NL) if np.isfinite(read.l0_NL).any() else 0.0
     inner.axhline(l0, color="black", linewidth=0.8, linestyle=":", label="under the initial weights (l0)")
     if np.nanmax(np.abs(read.inner("after")), initial=0) > 3:
@@ -133,7 +134,8 @@ def found_in_text(drawn: list[tuple[Text, dict, Asked]], found: dict) -> Figure:
     places = lay_out(words)
     lines = max(line for line, _ in places) + 1
     figure = Figure(figsize=(LINE * LETTER + 1.1, len(drawn) * (0.21 * lines + 0.45) + 1.0))
-    figure.suptitle(f"{text.sample['sample_id']}, layer {finder}: which written words a question meets\n(a token is written with the one after it: the word before an answer lights up)")
+    figure.suptitle(f"{text.sample['sample_id']}, layer {finder}: which written words a question meets\n"
+                    "(a token is written with the one after it: the word before an answer lights up)")
     panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
     values = [by_word(met_by(asked.queries[finder], text, finder), words) for _, _, asked in drawn]
     top = max(float(np.nanmax(v)) for v in values)
@@ -151,7 +153,8 @@ def page(ax, words: list[Word], places: list[tuple[int, int]], lines: int, shade
     best = int(np.nanargmax(shade))
     for number, (word, (line, column), value) in enumerate(zip(words, places, shade)):
         if np.isfinite(value):
-            ax.add_patch(Rectangle((column - 0.3, line - 0.45), len(word.letters) + 0.6, 0.9, facecolor=SHADES(DARKEST * max(value, 0)), edgecolor="black" if number == best else "none", linewidth=1.2))
+            ax.add_patch(Rectangle((column - 0.3, line - 0.45), len(word.letters) + 0.6, 0.9, facecolor=SHADES(DARKEST * max(value, 0)),
+                                   edgecolor="black" if number == best else "none", linewidth=1.2))
         ax.text(column, line, word.letters.replace("$", r"\$"), family="monospace", fontsize=8.75, va="center", color=QUIET if np.isnan(value) else "black")
         if inside_S[max(word.start, 0):word.end].any():
             ax.plot([column - 0.2, column + len(word.letters) + 0.2], [line + 0.47] * 2, color=FACT, linewidth=1.8, solid_capstyle="butt")
@@ -209,7 +212,8 @@ def layers_panels(found: dict) -> Figure:
     axes[1].set_yscale("symlog", linthresh=0.01)
     spectra = found["spectrum_of_the_first"]
     for number, (i, values) in enumerate(spectra.items()):
-        axes[5].plot(range(1, len(values) + 1), np.maximum(values, 1e-6 * values[0] or 1e-12), color=matplotlib.colormaps["cividis"](number / max(1, len(spectra) - 1)), linewidth=1)
+        axes[5].plot(range(1, len(values) + 1), np.maximum(values, 1e-6 * values[0] or 1e-12), linewidth=1,
+                     color=matplotlib.colormaps["cividis"](number / max(1, len(spectra) - 1)))
     axes[5].set(title="spectrum of dW, first conversation", ylabel="singular value", xlabel="number", yscale="log")
     shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(spectra), max(spectra)), matplotlib.colormaps["cividis"])
     figure.colorbar(shades, ax=axes[5], label="layer")
@@ -219,7 +223,8 @@ def layers_panels(found: dict) -> Figure:
 def bars(ax, layers: dict, series) -> None:
     width = 0.8 / len(series)
     for number, (label, name) in enumerate(series):
-        ax.bar([place - 0.4 + width * (number + 0.5) for place in range(len(layers))], [cell[name] for cell in layers.values()], width, label=label, color=plots.COLORS[number])
+        places = [place - 0.4 + width * (number + 0.5) for place in range(len(layers))]
+        ax.bar(places, [cell[name] for cell in layers.values()], width, label=label, color=plots.COLORS[number])
     every = -(-len(layers) // 10)
     ax.set_xticks(range(0, len(layers), every), list(layers)[::every])
 
@@ -227,7 +232,8 @@ def bars(ax, layers: dict, series) -> None:
 def scale(scaled: dict, questions: int) -> Figure:
     """Right answers, and empty or stuck ones, against the size of the update."""
     figure = Figure(figsize=(7, 4.4))
-    figure.suptitle(f"Answers against the size of the update, {questions} questions:\nthe memory, and random updates of its norm, times a factor\n(bars: 95% bootstrap over conversations)")
+    figure.suptitle(f"Answers against the size of the update, {questions} questions:\n"
+                    "the memory, and random updates of its norm, times a factor\n(bars: 95% bootstrap over conversations)")
     ax = figure.subplots()
     plots.scale_panel(ax, scaled)
     plots.shared_legend(figure, [ax], key=None, ncols=2)

@@ -56,15 +56,17 @@ def run(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], found: Along, streamed:
     half, pad_id = len(ids) // 2, loaded.tokenizer.pad_token_id
     write = lambda tokens, memory=None: write_rows(loaded.model, ttt, [tokens], pad_id, memory)[0]
     first, second = ids[:half], ids[half:]
-    return [state_moves(found), handed_on(found), streamed_alike(loaded, found, streamed), *one_pass(loaded, ttt, ids, streamed), reset(write, first, second), resumed(write, first, second), reading_writes_nothing(loaded, ttt, first, write)]
+    return [state_moves(found), handed_on(found), streamed_alike(loaded, found, streamed), *one_pass(loaded, ttt, ids, streamed),
+            reset(write, first, second), resumed(write, first, second), reading_writes_nothing(loaded, ttt, first, write)]
 
 
 def streamed_alike(loaded: Loaded, found: Along, streamed: Along) -> Check:
     """Over the whole pieces that both have read; a last piece that was cut short knows less of what follows."""
     known, bound = streamed.starts[-1], TOLERANCE[loaded.model.dtype]
-    pairs = [(found.on_L[1:known], streamed.on_L[1:known]), *((getattr(found, f"{name}_NL")[:, :known], getattr(streamed, f"{name}_NL")[:, :known]) for name in ("prev", "after"))]
-    apart = max(relative(*(torch.from_numpy(t).nan_to_num() for t in pair)) for pair in pairs)
-    return Check(apart <= bound, "read one token a call, a text gives the losses, inner and outer, that it gives piece by piece", f"relative difference {apart:.1e}, at most {bound:g}, {known} tokens")
+    numbers = lambda read, name: torch.from_numpy(getattr(read, name)[..., :known]).nan_to_num()
+    apart = max(relative(numbers(found, name), numbers(streamed, name)) for name in ("on_L", "prev_NL", "after_NL"))
+    return Check(apart <= bound, "read one token a call, a text gives the losses, inner and outer, that it gives piece by piece",
+                 f"relative difference {apart:.1e}, at most {bound:g}, {known} tokens")
 
 
 def one_pass(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], streamed: Along) -> list[Check]:
@@ -76,7 +78,8 @@ def one_pass(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], streamed: Along) -
         results.append((writer.memory(), torch.tensor(losses), last))
     (whole, losses, last), (by_token, *others) = results
     apart = max(change(whole, by_token), *map(relative, (losses, last), others))
-    checks = [Check(apart <= bound, "a stream of one token a call is the pass in one call: dW, losses, last logits", f"relative difference {apart:.1e}, at most {bound:g}, {len(ids)} tokens")]
+    checks = [Check(apart <= bound, "a stream of one token a call is the pass in one call: dW, losses, last logits",
+                    f"relative difference {apart:.1e}, at most {bound:g}, {len(ids)} tokens")]
     if ttt.config.chunk:  # else every piece is a text of its own
         apart = change(whole, streamed.memory)
         checks.append(Check(apart <= bound, "pieces with the state handed over are the pass in one call: dW", f"relative difference {apart:.1e}, at most {bound:g}"))
@@ -92,8 +95,9 @@ def reset(write, first: list[int], second: list[int]) -> Check:
     alone = state_digest(write(second))
     before = write(first)
     after, carried = state_digest(write(second)), state_digest(write(second, before))
+    same = lambda digest: "the same" if digest == alone else "another"
     return Check(after == alone and (carried != alone or state_digest(before) == EMPTY), "a new document starts from nothing: its state does not know what was written before",
-                 f"the state of the second half is {'the same' if after == alone else 'another'} after the first half was written, and {'another' if carried != alone else 'the same'} where it goes on from it")
+                 f"the state of the second half is {same(after)} after the first half was written, and {same(carried)} where it goes on from it")
 
 
 def resumed(write, first: list[int], second: list[int]) -> Check:
@@ -111,7 +115,8 @@ def reading_writes_nothing(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], writ
     before = memory.digest()
     with ttt.read(memory) as session:
         prefill(loaded.model, [ids], loaded.tokenizer.pad_token_id, session=session)
-    return Check(memory.digest() == before, "reading with a memory does not write to it", f"the digest is {'the same' if memory.digest() == before else 'another'} after {len(ids)} tokens")
+    return Check(memory.digest() == before, "reading with a memory does not write to it",
+                 f"the digest is {'the same' if memory.digest() == before else 'another'} after {len(ids)} tokens")
 
 
 def table(checks: list[Check]) -> str:
