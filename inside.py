@@ -164,53 +164,64 @@ def right(said: list[str], sample: dict) -> list[bool]:
     return [exact_match(answer, [probe["gold_answer"], *probe.get("aliases", [])], sample["lang"]) for answer, probe in zip(said, sample["probes"], strict=True)]
 
 
-def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict, list]:
-    """(the report's numbers, what is drawn of the first conversation: its Text, and each question with what was asked)."""
-    layers, drawn, rows, correct = sorted(ttt.config.layers), [], [], {}
+def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict], ablated: int) -> tuple[dict, list]:
+    """(the report's numbers, what is drawn of the first conversation: its Text, and each question with what was asked).
+
+    ablated: so many conversations, from the first on, have each layer taken out, left alone, and left with the deeper ones.
+    """
+    layers, drawn, rows, seen = sorted(ttt.config.layers), [], [], {}
     sums = {i: {name: [] for name in ("update_norm", "effective_rank", "share_of_output", "kl_without", "kl_only", "in_fact", "chance", "met")} for i in layers}
-    losses, first_spectra = {}, {}
-    for sample in tqdm(samples, unit="conversation", desc="looking"):
+    first_spectra = {}
+    for place, sample in enumerate(tqdm(samples, unit="conversation", desc="looking")):
         text = write(loaded, ttt, sample)
-        parts = parts_of(text.memory)
-        together = Memory.stack(list(parts.values()))
-        for name, said in zip(parts, answers(loaded, ttt, together, sample)):
-            correct.setdefault(name, []).extend(right(said, sample))
-        predicting = {name: row for row, name in enumerate(parts) if name[0] != "from"}
-        together = together.select(list(predicting.values()))
-        past = example(loaded, ttt, together, sample["lang"])
         norms, spectra = text.memory.update_norms(), {i: spectrum(text.memory, i) for i in layers}
         first_spectra = first_spectra or {i: spectra[i]["singular_values"] for i in layers}
+        parts = {name: part for name, part in parts_of(text.memory).items() if place < ablated or name[1] is None}
         for i in layers:
             sums[i]["update_norm"].append(norms[i].item())
             sums[i]["effective_rank"].append(spectra[i]["effective_rank"])
-        for number, probe in enumerate(sample["probes"]):
-            asked = ask(loaded, ttt, together, past, sample["lang"], probe)
-            predicted = dict(zip(predicting, log_softmax(asked.logits, -1)))
-            best, kept = met_best(text, asked, probe), kept_of(text, probe)
-            for name, one in predicted.items():
-                losses.setdefault(name, []).append(nll_loss(one, asked.gold).item())
+        for probe, asked, found in questions(loaded, ttt, text, parts):
+            for (kind, i), (good, loss, kl) in found.items():
+                seen.setdefault((kind, i), []).append((good, loss, place < ablated))
+                if f"kl_{kind}" in sums[layers[0]]:
+                    sums[i][f"kl_{kind}"].append(kl)
+            best = met_best(text, asked, probe)
             for i in layers:
                 sums[i]["share_of_output"].append(asked.share[i])
-                for kind in ("without", "only"):
-                    sums[i][f"kl_{kind}"].append(kl_div(predicted[kind, i], predicted["all", None], reduction="batchmean", log_target=True).item())
                 for name in ("in_fact", "chance", "met"):
                     sums[i][name].append(float(best[i][name]))
+            good, loss, _ = found["all", None]
             rows.append({"sample_id": sample["sample_id"], "probe_id": probe["probe_id"], "question": probe["question"], "gold": probe["gold_answer"],
-                         "right": correct["all", None][len(rows)], "loss": losses["all", None][-1], "kept": kept, "met_best": best})
-            if sample is samples[0] and number < DRAWN:
+                         "right": good, "loss": loss, "kept": kept_of(text, probe), "met_best": best})
+            if place == 0 and len(drawn) < DRAWN:
                 drawn.append((text, probe, asked))
     mean = lambda values: sum(values) / len(values)
-    by_layer = {i: {name: mean(values) for name, values in sums[i].items()} | {
-        f"{name}_{kind}": mean(values[i]) for name, measured in (("em", correct), ("loss", losses)) for kind, values in by_kind(measured).items()} for i in layers}
-    return {"conversations": len(samples), "questions": len(rows), "em": mean(correct["all", None]), "em_without_memory": mean(correct["none", None]),
-            "loss": mean(losses["all", None]), "loss_without_memory": mean(losses["none", None]), "layers": by_layer, "recall_by_inner_loss": recall_by_inner(rows, layers),
-            "spectrum_of_the_first": first_spectra, "questions_and_what_they_met": list(map(told_short, rows))}, drawn
+    em = lambda name, only=False: mean([good for good, _, apart in seen[name] if apart or not only])
+    by_layer = {i: {name: mean(values) for name, values in sums[i].items()} | {f"em_{kind}": em((kind, i)) for kind in ("without", "only", "from")} for i in layers}
+    loss = lambda name: mean([loss for _, loss, _ in seen[name]])
+    return {"conversations": len(samples), "questions": len(rows), "em": em(("all", None)), "em_without_memory": em(("none", None)),
+            "loss": loss(("all", None)), "loss_without_memory": loss(("none", None)),
+            "ablated": {"conversations": min(ablated, len(samples)), "questions": len(seen["only", layers[0]]), "em": em(("all", None), True)},
+            "layers": by_layer, "recall_by_inner_loss": recall_by_inner(rows, layers), "spectrum_of_the_first": first_spectra,
+            "questions_and_what_they_met": list(map(told_short, rows))}, drawn
 
 
-def by_kind(measured: dict[tuple[str, int | None], list]) -> dict[str, dict[int, list]]:
-    """{what was done to a layer: {layer: values}}."""
-    kinds = {kind for kind, i in measured if i is not None}
-    return {kind: {i: values for (name, i), values in measured.items() if name == kind} for kind in sorted(kinds)}
+def questions(loaded: Loaded, ttt: InPlaceTTT, text: Text, parts: dict[tuple[str, int | None], Memory]):
+    """Of each question of a conversation: (the probe, what was asked with the whole memory first, {part: (right, loss of the gold answer, divergence from
+    the whole memory's predictions)}); of a layer with all deeper ones only whether it is right, the rest None."""
+    sample, together = text.sample, Memory.stack(list(parts.values()))
+    correct = dict(zip(parts, (right(said, sample) for said in answers(loaded, ttt, together, sample))))
+    predicting = {name: row for row, name in enumerate(parts) if name[0] != "from"}
+    together = together.select(list(predicting.values()))
+    past = example(loaded, ttt, together, sample["lang"])
+    for number, probe in enumerate(sample["probes"]):
+        asked = ask(loaded, ttt, together, past, sample["lang"], probe)
+        predicted = dict(zip(predicting, log_softmax(asked.logits, -1)))
+        found = {name: (good[number], None, None) for name, good in correct.items()}
+        for name, one in predicted.items():
+            kl = kl_div(one, predicted["all", None], reduction="batchmean", log_target=True).item()
+            found[name] = correct[name][number], nll_loss(one, asked.gold).item(), kl
+        yield probe, asked, found
 
 
 def recall_by_inner(rows: list[dict], layers: list[int]) -> dict:

@@ -30,7 +30,7 @@ def draw_all(folder: Path, found: dict, drawn: list, read: Along, streamed: Alon
     with matplotlib.rc_context(plots.STYLE):
         figures = {"along": along(read, f"{arm}, piece by piece"), "streamed": along(replace(streamed, starts=list(range(len(streamed.off_L)))), f"{arm}, token by token")}
         if drawn:
-            figures |= {"found": found_in_text(drawn, found), "found_layers": found_by_layer(drawn), "layers": layers_panels(found), "scale": scale(scaled, found["questions"])}
+            figures |= {"found": found_in_text(drawn, found), "found_layers": found_by_layer(drawn), "layers": layers_panels(found), "scale": scale(scaled, found["ablated"]["questions"])}
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.png")
         if drawn:
@@ -97,10 +97,10 @@ class Word:
 
 
 def words_of(tokens: list[str]) -> list[Word]:
-    """Tokens joined to words: a token that begins with white space, or follows a line break, begins one."""
+    """Tokens joined to words: a token that begins with a space, or follows a line break, begins one; a line break belongs to the word before."""
     found, start = [], 0
     for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or tokens[end][:1].isspace() or "\n" in tokens[end - 1]:
+        if end == len(tokens) or tokens[end].startswith(" ") or "\n" in tokens[end - 1]:
             text = "".join(tokens[start:end])
             found.append(Word(text.strip(), start, end, "\n" in text))
             start = end
@@ -120,8 +120,8 @@ def lay_out(words: list[Word]) -> list[tuple[int, int]]:
         if column and column + len(word.letters) > LINE:
             line, column = line + 1, 0
         places.append((line, column))
-        column += len(word.letters) + 1
-        if word.breaks and column > 1:
+        column += len(word.letters) + 1 if word.letters else 0
+        if word.breaks and column:
             line, column = line + 1, 0
     return places
 
@@ -194,13 +194,15 @@ def found_by_layer(drawn: list[tuple[Text, dict, Asked]]) -> Figure:
 def layers_panels(found: dict) -> Figure:
     """Bars by layer: what is right and how far the predictions move without it and with it alone, what its query finds, how large its update is and of what spectrum."""
     layers = found["layers"]
-    panels = (("right answers", "share of questions", (("without this layer", "em_without"), ("this layer and deeper", "em_from"), ("this layer alone", "em_only")), found["em"]),
+    panels = (("right answers", "share of questions", (("without this layer", "em_without"), ("this layer and deeper", "em_from"), ("this layer alone", "em_only")), found["ablated"]["em"]),
               ("divergence from the whole memory", "KL of the predictions, nats", (("without this layer", "kl_without"), ("this layer alone", "kl_only")), None),
               ("the query meets the fact best", "share of questions", (("by its key", "in_fact"), ("a slot at random", "chance")), None),
               ("size of the update", "ratio", (("|dW| / |W_down|", "update_norm"), ("of the MLP's output", "share_of_output")), None),
               ("effective rank of dW", "exp(entropy of singular values)", (("", "effective_rank"),), None))
     figure = Figure(figsize=(11, 7.2))
-    figure.suptitle(f"What each layer's memory does: {found['conversations']} conversations, {found['questions']} questions")
+    apart = found["ablated"]
+    figure.suptitle(f"What each layer's memory does: {found['conversations']} conversations, {found['questions']} questions\n"
+                    f"(right answers and divergence: {apart['conversations']} conversations, {apart['questions']} questions)")
     axes = figure.subplots(2, 3).ravel()
     for ax, (title, unit, series, whole) in zip(axes, panels):
         bars(ax, layers, series)

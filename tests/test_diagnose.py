@@ -185,10 +185,11 @@ def run(run_main, *arguments):
 def test_the_report_is_whole_and_its_words_follow_its_numbers(kit, run_main, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(inside, "MAX_NEW_TOKENS", 4)
     model, adapter = kit("tiny-llama")
-    code, out, _ = run(run_main, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, "--samples", "2", "--streamed", "40", "--out", tmp_path / "d")
+    code, out, _ = run(run_main, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, "--samples", "2", "--ablate", "1", "--streamed", "40",
+                       "--out", tmp_path / "d")
     report, text = json.loads((tmp_path / "d/report.json").read_text(encoding="utf-8")), (tmp_path / "d/report.md").read_text(encoding="utf-8")
     memory = report["memory"]
-    assert code == 0 and memory["conversations"] == 2 and memory["questions"] == len(memory["questions_and_what_they_met"])
+    assert code == 0 and memory["conversations"] == 2 and memory["questions"] == len(memory["questions_and_what_they_met"]) > memory["ablated"]["questions"] == report["scaled"]["memory"][0]["n"]
     for cell in memory["layers"].values():
         assert 0 <= cell["em_without"] <= 1 and 0 <= cell["in_fact"] <= 1 and cell["kl_without"] >= 0 and cell["kl_only"] >= 0 and cell["effective_rank"] >= 1 and cell["update_norm"] > 0
     figures = {"found.png", "found_layers.png", "layers.png", "along.png", "streamed.png", "scale.png"}
@@ -199,24 +200,30 @@ def test_the_report_is_whole_and_its_words_follow_its_numbers(kit, run_main, tmp
     assert arrays["after_NL"].shape == (2, report["along"]["tokens"]) and np.nanmean(arrays["off_L"]) == pytest.approx(report["along"]["loss_off"], rel=1e-2)
 
 
-@pytest.mark.parametrize("row, form", [("tiny-gemma3", ("--form", "codes")), ("tiny-qwen3", ("--form", "plain", "--chunk", "16"))])
-def test_an_untrained_start_on_any_row_without_conversations(run_main, tmp_path, row, form):
+def test_an_untrained_start_on_any_row_without_conversations(run_main, tmp_path):
     (tmp_path / "prose.txt").write_text("The river rose in the night and the mill stood in it. " * 3, encoding="utf-8")
-    code, out, err = run(run_main, "--model", row, *form, "--text", tmp_path / "prose.txt", "--samples", "0", "--streamed", "70", "--piece", "32", "--out", tmp_path / "d")
+    code, out, err = run(run_main, "--model", "tiny-gemma3", "--text", tmp_path / "prose.txt", "--samples", "0", "--streamed", "40", "--piece", "32", "--out", tmp_path / "d")
     assert code == 0, err
     assert {p.name for p in (tmp_path / "d").iterdir()} == {"report.json", "report.md", "along.npz", "along.png", "streamed.png"}
-    assert "Conversations with known facts" not in out and "FAIL" not in out and "checks pass" in out
+    assert "Conversations with known facts" not in out and "FAIL" not in out and "7 of 7 checks pass" in out
+
+
+@pytest.mark.parametrize("form, chunk, config", [("plain", "16", dict(chunk=16, codes=False)), ("plain", "whole", dict(chunk=None, codes=False)), ("codes", None, dict(chunk=None, codes=True))])
+def test_an_untrained_start_has_the_form_it_was_asked_for(form, chunk, config):
+    ttt, name = diagnose_input.attach(load_model("tiny-qwen2"), None, form, chunk)
+    assert name == f"untrained {form}" and {field: getattr(ttt.config, field) for field in config} == config and not any(p.requires_grad for p in ttt.parameters())
+    ttt.detach()
 
 
 def test_words_say_whether_one_layer_carries_the_memory():
     cell = lambda without, only, found, deeper=0.8: {"em_without": without, "em_only": only, "em_from": deeper, "kl_without": 0.5, "in_fact": found, "chance": 0.1, "update_norm": 2.0, "effective_rank": 9.0,
                                                      "share_of_output": 0.5}
-    base = {"conversations": 1, "questions": 4, "em": 0.8, "em_without_memory": 0.0, "loss": 0.5, "loss_without_memory": 4.0}
+    base = {"conversations": 3, "questions": 14, "em": 0.9, "em_without_memory": 0.0, "loss": 0.5, "loss_without_memory": 4.0, "ablated": {"conversations": 1, "questions": 4, "em": 0.8}}
     shared = diagnose.memory_words(base | {"layers": {3: cell(0.8, 0.1, 0.2), 6: cell(0.5, 0.3, 0.6, 0.7)}})
     assert "best in 60% of the questions in layer 6" in shared and "Layer 6 is missed most: without its memory 0.500 are right, 0.300 fewer, and the predictions move by 0.50" in shared and "work together" in shared
     assert "Layers 3 and deeper are enough for 95% of what all of them answer (0.800)" in shared
     alone = diagnose.memory_words(base | {"layers": {3: cell(0.8, 0.7, 0.2), 6: cell(0.8, 0.3, 0.6)}})
-    nothing = diagnose.memory_words(base | {"em": 0.0, "layers": {3: cell(0.0, 0.1, 0.2, 0.0), 6: cell(0.0, 0.0, 0.6, 0.0)}})
+    nothing = diagnose.memory_words(base | {"em": 0.0, "ablated": base["ablated"] | {"em": 0.0}, "layers": {3: cell(0.0, 0.1, 0.2, 0.0), 6: cell(0.0, 0.0, 0.6, 0.0)}})
     assert "answers nothing that is not answered without it" in nothing and "is missed most" not in nothing and "Alone" not in nothing and "The update is 2.00" in nothing
     assert "no single layer is needed" in alone and "carries most of the memory by itself" in alone
 
