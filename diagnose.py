@@ -37,32 +37,35 @@ ENOUGH = 0.95  # of what all layers answer
 
 def memory_words(found: dict) -> str:
     """What was found of the conversations' memories, in words."""
-    layers = found["layers"]
+    layers, apart = found["layers"], found["ablated"]
     finder = max(layers, key=lambda i: layers[i]["in_fact"])
-    needed = min(layers, key=lambda i: layers[i]["em_without"])
-    alone = max(layers, key=lambda i: layers[i]["em_only"])
-    apart = found["ablated"]
-    deep = max(i for i in layers if layers[i]["em_from"] >= ENOUGH * apart["em"])
-    lost = apart["em"] - layers[needed]["em_without"]
     ends = lambda name, digits: " to ".join(f"{end(cell[name] for cell in layers.values()):.{digits}f}" for end in (min, max))
     lines = [f"{found['conversations']} conversations, {found['questions']} questions: {found['em']:.3f} right with the memory, "
              f"{found['em_without_memory']:.3f} without; loss of the gold answer {found['loss']:.2f} and {found['loss_without_memory']:.2f} nats a token.",
              f"The question's query meets a token of the right fact best in {layers[finder]['in_fact']:.0%} of the questions in layer {finder} "
              f"(a slot drawn at random: {layers[finder]['chance']:.0%}); over all layers in {sum(c['in_fact'] for c in layers.values()) / len(layers):.0%}."]
-    lines.append(f"In {apart['conversations']} of them, with {apart['questions']} questions of which {apart['em']:.3f} are right, each layer's memory was taken out and left alone.")
-    if found["em"] <= found["em_without_memory"]:
-        lines.append("The memory answers nothing that is not answered without it, so no layer can be missed.")
-    else:
-        lines += [
-            f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
-            (f", {lost:.3f} fewer" if lost > 0 else ", so no single layer is needed") +
-            f", and the predictions move by {layers[needed]['kl_without']:.2f} nats (KL).",
-            f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
-            ("The layers work together." if layers[alone]["em_only"] < 0.5 * apart["em"] else "It carries most of the memory by itself.") +
-            f" Layers {deep} and deeper are enough for {ENOUGH:.0%} of what all of them answer ({layers[deep]['em_from']:.3f})."]
+    if apart is not None:
+        lines.append(f"In {apart['conversations']} of them, with {apart['questions']} questions of which {apart['em']:.3f} are right, "
+                     "each layer's memory was taken out and left alone.")
+        lines += ablation_words(layers, apart["em"]) if found["em"] > found["em_without_memory"] else [
+            "The memory answers nothing that is not answered without it, so no layer can be missed."]
     lines.append(f"The update is {ends('update_norm', 2)} times |W_down|, of effective rank {ends('effective_rank', 0)}, "
                  f"and adds {ends('share_of_output', 2)} of the MLP's output while an answer is said.")
     return "\n\n".join(lines) + "\n"
+
+
+def ablation_words(layers: dict, em: float) -> list[str]:
+    """What single layers are worth to `em`, the share of right answers with all of them."""
+    needed = min(layers, key=lambda i: layers[i]["em_without"])
+    alone = max(layers, key=lambda i: layers[i]["em_only"])
+    deep = max(i for i in layers if layers[i]["em_from"] >= ENOUGH * em)
+    lost = em - layers[needed]["em_without"]
+    return [f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
+            (f", {lost:.3f} fewer" if lost > 0 else ", so no single layer is needed") +
+            f", and the predictions move by {layers[needed]['kl_without']:.2f} nats (KL).",
+            f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
+            ("The layers work together." if layers[alone]["em_only"] < 0.5 * em else "It carries most of the memory by itself.") +
+            f" Layers {deep} and deeper are enough for {ENOUGH:.0%} of what all of them answer ({layers[deep]['em_from']:.3f})."]
 
 
 def recall_words(found: dict) -> str:
@@ -125,8 +128,9 @@ def report_text(arm: str, loaded, rule: str, what: dict) -> str:
              "## Is it kept? The state", f"Verdict: {what['verdict']}.", state_checks.table(what["checks"])]
     if what["memory"] is not None:
         parts += ["## Does it reach the output? Conversations with known facts", memory_words(what["memory"]), "![A fact being found](found.png)",
-                  "![A fact being found, by layer](found_layers.png)", "![What each layer does](layers.png)", recall_words(what["memory"]),
-                  "## Is it the size?", scale_words(what["scaled"]), "![Answers against the size of the update](scale.png)"]
+                  "![A fact being found, by layer](found_layers.png)", "![What each layer does](layers.png)", recall_words(what["memory"])]
+    if what["scaled"] is not None:
+        parts += ["## Is it the size?", scale_words(what["scaled"]), "![Answers against the size of the update](scale.png)"]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -151,8 +155,8 @@ def parse_arguments() -> argparse.Namespace:
     text.add_argument("--lang", default="en", choices=benchmark_file.LANGS)
     text.add_argument("--samples", default="16", help=f"how many level-1 conversations, from the first on, or names of samples with a comma between, "
                                                       f"{BUILT_IN} among them; 0: none, so parts 1 and 2 alone (default: %(default)s)")
-    text.add_argument("--ablate", type=int, default=4, help="conversations, from the first on, whose memories are taken apart layer by layer and scaled; the costly part "
-                                                            "(default: %(default)s)")
+    text.add_argument("--ablate", type=int, default=4, help="conversations, from the first on, whose memories are taken apart layer by layer, the costly part (default: %(default)s)")
+    text.add_argument("--scale", type=int, default=4, help="conversations, from the first on, whose memories, and noise of their norm, are scaled (default: %(default)s)")
     text.add_argument("--text", help=f"read along: {BUILT_IN}, the id of a sample, or a text file (default: the first conversation with prose behind it)")
     text.add_argument("--tokens", type=int, default=2048, help="of that text (default: %(default)s)")
     text.add_argument("--piece", type=int, default=64, help="tokens of a piece, for an arm whose whole text is one chunk (default: %(default)s)")
@@ -162,9 +166,9 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    for name in ("tokens", "piece", "streamed", "ablate"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: use 1 or more")
+    for name, least in {"tokens": 1, "piece": 1, "streamed": 1, "ablate": 0, "scale": 0}.items():
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} {getattr(arguments, name)}: use {least} or more")
     return arguments
 
 
@@ -192,7 +196,7 @@ def main() -> None:
     found, drawn = inside.measure(loaded, ttt, samples, arguments.ablate) if samples else (None, [])
     what = {"text": name, "along": adaptation.summary(read), "streamed": adaptation.summary(streamed), "checks": checks,
             "verdict": state_checks.verdict(state_checks.moves(read), read.parameters), "memory": found,
-            "scaled": inside.scaled(loaded, ttt, samples[:arguments.ablate]) if samples else None}
+            "scaled": inside.scaled(loaded, ttt, samples[:arguments.scale]) if samples[:arguments.scale] else None}
     written = report_text(arm, loaded, ttt.config.rule, what)
     arguments.out.mkdir(parents=True, exist_ok=True)
     inside_figures.draw_all(arguments.out, found, drawn, read, streamed, what["scaled"], arm)

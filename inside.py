@@ -144,7 +144,9 @@ def kept_of(text: Text, probe: dict) -> dict[int, float | None]:
 
 def spectrum(memory: Memory, i: int) -> dict:
     """Singular values of dW, and the rank that their entropy stands for (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals(memory.layers[i].to_dense().update[0].float())
+    layer = memory.layers[i]
+    cut = layer.compact(min(layer.hidden_size, layer.feed_forward))  # of full rank: its keys are orthonormal, so its values' norms are the singular values
+    values = torch.linalg.vector_norm(cut.values[0].float(), dim=-1)
     share = values[values > 0] / values.sum()
     return {"effective_rank": torch.exp(-(share * share.log()).sum()).item() if len(share) else 0.0,
             "singular_values": [float(f"{v:.4g}") for v in values[:SINGULAR_VALUES].tolist()]}
@@ -167,7 +169,8 @@ def right(said: list[str], sample: dict) -> list[bool]:
 def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict], ablated: int) -> tuple[dict, list]:
     """(the report's numbers, what is drawn of the first conversation: its Text, and each question with what was asked).
 
-    ablated: so many conversations, from the first on, have each layer taken out, left alone, and left with the deeper ones.
+    ablated: so many conversations, from the first on, have each layer taken out, left alone, and left with the deeper ones; 0: none, and no layer has
+    numbers of that.
     """
     layers, drawn, rows, seen = sorted(ttt.config.layers), [], [], {}
     sums = {i: {name: [] for name in ("update_norm", "effective_rank", "share_of_output", "kl_without", "kl_only", "in_fact", "chance", "met")} for i in layers}
@@ -197,12 +200,12 @@ def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict], ablated: int) 
                 drawn.append((text, probe, asked))
     mean = lambda values: sum(values) / len(values)
     em = lambda name, only=False: mean([good for good, _, apart in seen[name] if apart or not only])
-    by_layer = {i: {name: mean(values) for name, values in sums[i].items()} | {f"em_{kind}": em((kind, i)) for kind in ("without", "only", "from")} for i in layers}
+    by_layer = {i: {name: mean(values) for name, values in sums[i].items() if values} | {f"em_{kind}": em((kind, j)) for kind, j in seen if j == i} for i in layers}
+    apart = {"conversations": min(ablated, len(samples)), "questions": len(seen["only", layers[0]]), "em": em(("all", None), True)} if ablated else None
     loss = lambda name: mean([loss for _, loss, _ in seen[name]])
     return {"conversations": len(samples), "questions": len(rows), "em": em(("all", None)), "em_without_memory": em(("none", None)),
             "loss": loss(("all", None)), "loss_without_memory": loss(("none", None)),
-            "ablated": {"conversations": min(ablated, len(samples)), "questions": len(seen["only", layers[0]]), "em": em(("all", None), True)},
-            "layers": by_layer, "recall_by_inner_loss": recall_by_inner(rows, layers), "spectrum_of_the_first": first_spectra,
+            "ablated": apart, "layers": by_layer, "recall_by_inner_loss": recall_by_inner(rows, layers), "spectrum_of_the_first": first_spectra,
             "questions_and_what_they_met": list(map(told_short, rows))}, drawn
 
 

@@ -25,12 +25,14 @@ PAGE_COLORS = 64    # of found.png: a page of text is a large file
 STRONGEST = 36      # words of found_layers.png
 
 
-def draw_all(folder: Path, found: dict, drawn: list, read: Along, streamed: Along, scaled: dict, arm: str) -> None:
+def draw_all(folder: Path, found: dict | None, drawn: list, read: Along, streamed: Along, scaled: dict | None, arm: str) -> None:
     """Write the figures of one report into the folder; without conversations (nothing drawn) those of the text alone."""
     with matplotlib.rc_context(plots.STYLE):
         figures = {"along": along(read, f"{arm}, piece by piece"), "streamed": along(replace(streamed, starts=list(range(len(streamed.off_L)))), f"{arm}, token by token")}
         if drawn:
-            figures |= {"found": found_in_text(drawn, found), "found_layers": found_by_layer(drawn), "layers": layers_panels(found), "scale": scale(scaled, found["ablated"]["questions"])}
+            figures |= {"found": found_in_text(drawn, found), "found_layers": found_by_layer(drawn), "layers": layers_panels(found)}
+        if scaled:
+            figures["scale"] = scale(scaled)
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.png")
         if drawn:
@@ -193,17 +195,17 @@ def found_by_layer(drawn: list[tuple[Text, dict, Asked]]) -> Figure:
 
 def layers_panels(found: dict) -> Figure:
     """Bars by layer: what is right and how far the predictions move without it and with it alone, what its query finds, how large its update is and of what spectrum."""
-    layers = found["layers"]
-    panels = (("right answers", "share of questions", (("without this layer", "em_without"), ("this layer and deeper", "em_from"), ("this layer alone", "em_only")), found["ablated"]["em"]),
-              ("divergence from the whole memory", "KL of the predictions, nats", (("without this layer", "kl_without"), ("this layer alone", "kl_only")), None),
-              ("the query meets the fact best", "share of questions", (("by its key", "in_fact"), ("a slot at random", "chance")), None),
+    layers, apart = found["layers"], found["ablated"]
+    ablation = () if apart is None else (
+        ("right answers", "share of questions", (("without this layer", "em_without"), ("this layer and deeper", "em_from"), ("this layer alone", "em_only")), apart["em"]),
+        ("divergence from the whole memory", "KL of the predictions, nats", (("without this layer", "kl_without"), ("this layer alone", "kl_only")), None))
+    panels = (("the query meets the fact best", "share of questions", (("by its key", "in_fact"), ("a slot at random", "chance")), None),
               ("size of the update", "ratio", (("|dW| / |W_down|", "update_norm"), ("of the MLP's output", "share_of_output")), None),
-              ("effective rank of dW", "exp(entropy of singular values)", (("", "effective_rank"),), None))
-    figure = Figure(figsize=(11, 7.2))
-    apart = found["ablated"]
-    figure.suptitle(f"What each layer's memory does: {found['conversations']} conversations, {found['questions']} questions\n"
-                    f"(right answers and divergence: {apart['conversations']} conversations, {apart['questions']} questions)")
-    axes = figure.subplots(2, 3).ravel()
+              ("effective rank of dW", "exp(entropy of singular values)", (("", "effective_rank"),), None), *ablation)
+    figure = Figure(figsize=(11, 7.6 if ablation else 6.4))
+    figure.suptitle(f"What each layer's memory does: {found['conversations']} conversations, {found['questions']} questions" +
+                    (f"\n(right answers and divergence: {apart['conversations']} conversations, {apart['questions']} questions)" if ablation else ""))
+    axes = figure.subplots(2, 3 if ablation else 2).ravel()
     for ax, (title, unit, series, whole) in zip(axes, panels):
         bars(ax, layers, series)
         if whole is not None:
@@ -211,14 +213,15 @@ def layers_panels(found: dict) -> Figure:
         ax.set(title=title, ylabel=unit, xlabel="layer")
         if len(series) > 1:
             ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    axes[1].set_yscale("symlog", linthresh=0.01)
-    spectra = found["spectrum_of_the_first"]
+    if ablation:
+        axes[4].set_yscale("symlog", linthresh=0.01)
+    spectra, last = found["spectrum_of_the_first"], axes[-1]
     for number, (i, values) in enumerate(spectra.items()):
-        axes[5].plot(range(1, len(values) + 1), np.maximum(values, 1e-6 * values[0] or 1e-12), linewidth=1,
-                     color=matplotlib.colormaps["cividis"](number / max(1, len(spectra) - 1)))
-    axes[5].set(title="spectrum of dW, first conversation", ylabel="singular value", xlabel="number", yscale="log")
+        last.plot(range(1, len(values) + 1), np.maximum(values, 1e-6 * values[0] or 1e-12), linewidth=1,
+                  color=matplotlib.colormaps["cividis"](number / max(1, len(spectra) - 1)))
+    last.set(title="spectrum of dW, first conversation", ylabel="singular value", xlabel="number", yscale="log")
     shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(spectra), max(spectra)), matplotlib.colormaps["cividis"])
-    figure.colorbar(shades, ax=axes[5], label="layer")
+    figure.colorbar(shades, ax=last, label="layer")
     return figure
 
 
@@ -231,10 +234,10 @@ def bars(ax, layers: dict, series) -> None:
     ax.set_xticks(range(0, len(layers), every), list(layers)[::every])
 
 
-def scale(scaled: dict, questions: int) -> Figure:
+def scale(scaled: dict) -> Figure:
     """Right answers, and empty or stuck ones, against the size of the update."""
     figure = Figure(figsize=(7, 4.4))
-    figure.suptitle(f"Answers against the size of the update, {questions} questions:\n"
+    figure.suptitle(f"Answers against the size of the update, {scaled['memory'][0]['n']} questions:\n"
                     "the memory, and random updates of its norm, times a factor\n(bars: 95% bootstrap over conversations)")
     ax = figure.subplots()
     plots.scale_panel(ax, scaled)

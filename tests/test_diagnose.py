@@ -185,7 +185,7 @@ def run(run_main, *arguments):
 def test_the_report_is_whole_and_its_words_follow_its_numbers(kit, run_main, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(inside, "MAX_NEW_TOKENS", 4)
     model, adapter = kit("tiny-llama")
-    code, out, _ = run(run_main, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, "--samples", "2", "--ablate", "1", "--streamed", "40",
+    code, out, _ = run(run_main, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, "--samples", "2", "--ablate", "1", "--scale", "1", "--streamed", "40",
                        "--out", tmp_path / "d")
     report, text = json.loads((tmp_path / "d/report.json").read_text(encoding="utf-8")), (tmp_path / "d/report.md").read_text(encoding="utf-8")
     memory = report["memory"]
@@ -254,3 +254,15 @@ def test_bad_arguments_are_one_line(kit, run_main, tmp_path, more, message):  # 
 def test_bad_settings_of_an_untrained_start_are_one_line(run_main, tmp_path, more, message):
     code, _, err = run(run_main, "--model", "tiny-llama", "--text", "built-in", "--samples", "0", "--out", tmp_path / "d", *more)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_without_layers_taken_out_the_rest_is_said(arm, sample, monkeypatch):
+    loaded, ttt = arm
+    monkeypatch.setattr(inside, "MAX_NEW_TOKENS", 3)
+    found, drawn = inside.measure(loaded, ttt, [sample], 0)
+    whole, _ = inside.measure(loaded, ttt, [sample], 1)
+    assert found["ablated"] is None and whole["ablated"]["questions"] == whole["questions"] == found["questions"] == len(drawn)
+    assert {name: found["layers"][1][name] for name in found["layers"][1]} == {name: pytest.approx(whole["layers"][1][name], rel=1e-3) for name in found["layers"][1]}
+    assert {"em_without", "em_only", "em_from", "kl_without", "kl_only"} == set(whole["layers"][1]) - set(found["layers"][1])
+    assert "is missed most" not in diagnose.memory_words(found) and "taken out" not in diagnose.memory_words(found)
+    assert len(inside_figures.layers_panels(found).axes) == 5  # four panels and a colour bar
