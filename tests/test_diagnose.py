@@ -125,6 +125,17 @@ def test_recall_is_held_against_what_is_left_of_the_fact():
     assert nothing["with_right"]["rho"] is None and "cannot be computed" in diagnose.recall_words({"recall_by_inner_loss": nothing})
 
 
+def test_a_spectrum_is_that_of_the_dense_update(arm, sample):
+    loaded, ttt = arm
+    memory = inside.write(loaded, ttt, sample).memory
+    for i, layer in memory.layers.items():
+        expected = torch.linalg.svdvals(layer.to_dense().update[0])
+        found = inside.spectrum(memory, i)
+        np.testing.assert_allclose(found["singular_values"], expected[:inside.SINGULAR_VALUES].numpy()[:len(found["singular_values"])], rtol=2e-3, atol=1e-4 * expected[0])
+        share = expected[expected > 1e-6 * expected[0]] / expected.sum()
+        assert found["effective_rank"] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=0.01)
+
+
 def test_scaled_answers_are_those_of_the_scaled_memory(arm, sample, monkeypatch):
     loaded, ttt = arm
     monkeypatch.setattr(inside, "MAX_NEW_TOKENS", 3)
