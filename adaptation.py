@@ -222,7 +222,6 @@ def relation_words(found: dict) -> str:
     for name, what in (("same_tokens", "what the memory has already learned of a piece and what it takes off the model's own loss there"),
                        ("next_piece", "what a write takes off the inner loss and what the memory takes off the model's own loss of the next piece")):
         cell = found[name]
-        says = {None: "no answer", True: "yes", False: "no"}[predicts(cell, 1)]
         rho = "cannot be computed" if cell["rho"] is None else f"{cell['rho']:.2f} {told(cell['ci'], 2)}"
-        sentences.append(f"between {what}: {rho} over {cell['n']} pieces ({says})")
-    return f"Does the inner loss predict the outer loss? Spearman's correlation {'; '.join(sentences)}. Yes: the whole interval lies above 0.\n"
+        sentences.append(f"between {what}: {rho} over {cell['n']} pieces ({predicts(cell, 1)})")
+    return f"Does the inner loss predict the outer loss? Spearman's correlation {'; '.join(sentences)}. Yes: the whole interval lies above 0; the other way round: below.\n"

@@ -76,7 +76,7 @@ def recall_words(found: dict) -> str:
         cell = cells[name]
         if cell["rho"] is None:
             return "cannot be computed (all alike)"
-        return f"{cell['rho']:.2f} {told(cell['ci'], 2)} ({ {None: 'no answer', True: 'yes', False: 'no'}[predicts(cell, sign)] })"
+        return f"{cell['rho']:.2f} {told(cell['ci'], 2)} ({predicts(cell, sign)})"
 
     mean = lambda cell: "none" if cell["mean"] is None else f"{cell['mean']:.3f} {told(cell['ci'])}"
     return ("Does the inner loss predict recall? Spearman's correlation of the inner loss that is left in the fact's slots (mean over the layers that have one) "
@@ -106,15 +106,14 @@ def in_short(what: dict) -> str:
     """The report's answers in a few lines."""
     checks, along, memory = what["checks"], what["along"], what["memory"]
     failed = "; ".join(check.asks for check in checks if not check.passed)
-    says = lambda cell, sign: {None: "cannot be said", True: "yes", False: "no"}[predicts(cell, sign)]
     lines = [f"- Learning: {along['disconnect']}.",
              f"- State: {what['verdict']}; {sum(check.passed for check in checks)} of {len(checks)} checks pass{'; not: ' + failed if failed else ''}.",
-             f"- Does the inner loss predict the outer loss? On the same tokens: {says(along['same_tokens'], 1)}; of a write, on the next piece: {says(along['next_piece'], 1)}."]
+             f"- Does the inner loss predict the outer loss? On the same tokens: {predicts(along['same_tokens'], 1)}; of a write, on the next piece: {predicts(along['next_piece'], 1)}."]
     if memory is not None:
         cells = memory["recall_by_inner_loss"]
         lines += [f"- Output: {memory['em']:.3f} of {memory['questions']} questions are right with the memory alone, {memory['em_without_memory']:.3f} without it.",
-                  f"- Does the inner loss predict recall? By right answers: {says(cells['with_right'], -1)}; by the gold answer's loss: {says(cells['with_loss'], 1)}. "
-                  f"Does finding the fact? {says(cells['finding_with_right'], 1)}; {says(cells['finding_with_loss'], -1)}."]
+                  f"- Does the inner loss predict recall? By right answers: {predicts(cells['with_right'], -1)}; by the gold answer's loss: {predicts(cells['with_loss'], 1)}. "
+                  f"Does finding the fact? {predicts(cells['finding_with_right'], 1)}; {predicts(cells['finding_with_loss'], -1)}."]
     return "\n".join(lines) + "\n"
 
 

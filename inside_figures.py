@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import plots
-from adaptation import Along
+from adaptation import ROUNDING, Along
 from inside import Asked, Text, belongs, met_by
 
 OFF, ON, FACT, QUIET = "0.45", plots.COLORS[0], plots.COLORS[4], "0.6"
@@ -217,7 +217,7 @@ def layers_panels(found: dict) -> Figure:
         axes[4].set_yscale("symlog", linthresh=0.01)
     spectra, last = found["spectrum_of_the_first"], axes[-1]
     for number, (i, values) in enumerate(spectra.items()):
-        last.plot(range(1, len(values) + 1), np.maximum(values, 1e-6 * values[0] or 1e-12), linewidth=1,
+        last.plot(range(1, len(values) + 1), np.where(np.array(values) > ROUNDING * values[0], values, np.nan), linewidth=1,
                   color=matplotlib.colormaps["cividis"](number / max(1, len(spectra) - 1)))
     last.set(title="spectrum of dW, first conversation", ylabel="singular value", xlabel="number", yscale="log")
     shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(spectra), max(spectra)), matplotlib.colormaps["cividis"])

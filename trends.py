@@ -69,6 +69,9 @@ def told(ci: list[float] | None, digits: int = 3) -> str:
     return "(no interval)" if ci is None else f"[{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"
 
 
-def predicts(found: dict, sign: int) -> bool | None:
-    """Whether the whole interval of a rank correlation lies on this side of 0; None without one."""
-    return None if found["ci"] is None else min(sign * end for end in found["ci"]) > 0
+def predicts(found: dict, sign: int) -> str:
+    """Whether one predicts the other, by the side of 0 on which the whole interval of a rank correlation lies: yes on that of the sign."""
+    if found["ci"] is None:
+        return "cannot be said"
+    low, high = sorted(sign * end for end in found["ci"])
+    return "yes" if low > 0 else "the other way round" if high < 0 else "no"
