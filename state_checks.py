@@ -57,7 +57,7 @@ def run(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], found: Along, streamed:
     write = lambda tokens, memory=None: write_rows(loaded.model, ttt, [tokens], pad_id, memory)[0]
     first, second = ids[:half], ids[half:]
     return [state_moves(found), handed_on(found), streamed_alike(loaded, found, streamed), *one_pass(loaded, ttt, ids, streamed),
-            reset(write, first, second), resumed(write, first, second), reading_writes_nothing(loaded, ttt, first, write)]
+            reset(write, first, second), resumed(write, first, second, TOLERANCE[loaded.model.dtype]), reading_writes_nothing(loaded, ttt, first, write)]
 
 
 def streamed_alike(loaded: Loaded, found: Along, streamed: Along) -> Check:
@@ -100,14 +100,15 @@ def reset(write, first: list[int], second: list[int]) -> Check:
                  f"the state of the second half is {same(after)} after the first half was written, and {same(carried)} where it goes on from it")
 
 
-def resumed(write, first: list[int], second: list[int]) -> Check:
+def resumed(write, first: list[int], second: list[int], bound: float) -> Check:
+    """The loaded state is the saved one bit for bit; what goes on from it may round otherwise, for tensors out of a file lie at other addresses."""
     before = write(first)
     with tempfile.TemporaryDirectory() as folder:
         before.save(Path(folder) / "memory.safetensors")
         loaded = Memory.load(Path(folder) / "memory.safetensors", before.tokens.device)
-    one, other = write(second, before), write(second, loaded)
-    return Check(one.digest() == other.digest(), "saving and loading in the middle of a text changes nothing, bit for bit",
-                 f"the states are {'the same' if one.digest() == other.digest() else f'{change(one, other):.1e} apart'}")
+    same, apart = loaded.digest() == before.digest(), change(write(second, before), write(second, loaded))
+    return Check(same and apart <= bound, "saving and loading in the middle of a text changes nothing: the state bit for bit, and what goes on from it",
+                 f"the loaded state is {'the same' if same else 'another'}; relative difference after going on {apart:.1e}, at most {bound:g}")
 
 
 def reading_writes_nothing(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], write) -> Check:

@@ -246,10 +246,10 @@ def test_a_state_that_outlives_its_document_fails(chunks):
 
 def test_a_file_that_gives_back_another_state_fails(chunks, monkeypatch):
     _, _, write = chunks
-    assert state_checks.resumed(write, IDS[:35], IDS[35:]).passed
+    assert state_checks.resumed(write, IDS[:35], IDS[35:], 1e-3).passed
     load = Memory.load
     monkeypatch.setattr(Memory, "load", staticmethod(lambda path, device: load(path, device).scale(1.0001)))
-    assert not state_checks.resumed(write, IDS[:35], IDS[35:]).passed
+    assert not state_checks.resumed(write, IDS[:35], IDS[35:], 1e-3).passed
 
 
 def test_a_stream_that_forgets_a_token_fails(chunks, monkeypatch):
