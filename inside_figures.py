@@ -21,7 +21,7 @@ SHADES = matplotlib.colormaps["Blues"]
 DARKEST = 0.7       # of the shades: black letters stay legible on it
 LINE = 96           # letters of a line of text
 LETTER = 0.0731     # inches that a letter of 8.75 points takes in a monospaced font
-PAGE_COLORS = 64    # of found.png: a page of text is a large file
+PAGE_COLORS = 128   # of found.png: a page of text is a large file
 STRONGEST = 36      # words of found_layers.png
 
 
