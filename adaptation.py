@@ -2,45 +2,65 @@
 
 The text is read in pieces (an arm with chunks: its chunk). Before a piece is written, its tokens are predicted once by the base alone and
 once with the memory of all pieces before, attention seeing the whole text so far either way; a token is scored before it may be learned from.
-Then the piece is written. A layer's inner loss is that of its rule, over the piece's tokens, k_i their keys, u_i what they are to answer and g_i
-their strengths (in_place_ttt.py), in shares of sum_i g_i |u_i|^2:
+Then the piece is written. Streaming reads the same one token a call; the weights still change at the end of a piece, since a target needs
+the tokens behind it. The inner loss of a token that left a slot is its rule's, k its key and u what it is to answer (in_place_ttt.py), in
+shares of |u|^2; a layer's is the mean over slots weighted by g |u|^2, g the strength of the write:
 
-    ridge      l(W) = sum_i g_i |W k_i - u_i|^2         1 for a memory that holds nothing (l0)
-    hebbian    l(W) = - sum_i g_i <W k_i, u_i>          0 for a memory that holds nothing (l0); each write lowers it, without end
+    ridge      l(W) = |W k - u|^2 / |u|^2       1 for a memory that holds nothing (l0)
+    hebbian    l(W) = - <W k, u> / |u|^2        0 for a memory that holds nothing (l0); each write lowers it, without end
 
-l_prev is the loss under the memory before the piece, l_after under the memory after it; a piece that leaves no slot in a layer has none.
+l_prev is the loss under the memory before the token's piece was written, l_after under the memory after it.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
-from arms import base_digest
 from decoding import Past, forward_all, reading
 from in_place_ttt import InPlaceTTT
-from memory import LayerMemory, tensors_digest
+from memory import LayerMemory, Memory, tensors_digest
 from model_utils import Loaded
+from trends import mean_of, predicts, rank_correlation, slope_of, told
 
-RESAMPLES = 2000
+MOST = 0.9            # of the slots of a layer have a lower inner loss after the write: the layer's inner loss falls
+NEGLIGIBLE = 0.001    # nats a token that the model's own loss must fall by, by the low end of the interval, before it counts
+RULE = (f"the inner loss falls where in most layers {MOST:.0%} of the tokens that leave a slot have a lower one after the write than before it; "
+        f"the model's own where the whole interval of its gain lies above {NEGLIGIBLE} nats a token")
+EMPTY = "empty"
+ROUNDING = 1e-4       # of |dW|: a write that changes less has changed nothing (ridge solves anew for all slots, so that a text without a slot moves the last bits)
 
 
 @dataclass
 class Along:
-    """Piece by piece: where it starts, the losses of its tokens in nats (the first token of the text has none), and each layer's inner losses."""
+    """A text read piece by piece. L tokens, N layers; losses in nats, inner ones in shares of what is asked, NaN where there is none."""
 
-    starts: list[int] = field(default_factory=list)
-    off: list[list[float]] = field(default_factory=list)
-    on: list[list[float]] = field(default_factory=list)
-    prev: dict[int, list[float | None]] = field(default_factory=dict)
-    after: dict[int, list[float | None]] = field(default_factory=dict)
-    digests: list[str] = field(default_factory=list)      # of the memory, after each piece
-    parameters: list[str] = field(default_factory=list)   # of base and adapter, before the first piece and after the last
+    starts: list[int]           # of the pieces
+    off_L: np.ndarray           # the model's own loss of predicting each token (the first has none), by the base alone
+    on_L: np.ndarray            # the same, with what was written before
+    layers: tuple[int, ...]
+    l0_NL: np.ndarray
+    prev_NL: np.ndarray
+    after_NL: np.ndarray
+    mass_NL: np.ndarray         # g |u|^2; 0 where the token left no slot
+    inputs: list[str]           # state that each write started from (state_digest)
+    outputs: list[str]          # state after each write
+    changes: list[float]        # what each write did to it (change)
+    parameters: list[str]       # of base and adapter, before the first piece and after the last
+    memory: Memory
+
+    def by_piece(self, values_L: np.ndarray, mass_L: np.ndarray | None = None) -> np.ndarray:
+        """Mean over each piece's finite values (weighted by mass); NaN for a piece without one."""
+        weight_L = np.isfinite(values_L) * (1.0 if mass_L is None else mass_L)
+        total = lambda t: np.add.reduceat(t, self.starts)
+        with np.errstate(invalid="ignore"):
+            return total(np.nan_to_num(values_L) * weight_L) / np.where(total(weight_L) > 0, total(weight_L), np.nan)
+
+    def inner(self, name: str) -> np.ndarray:
+        """A layer's inner loss by piece, [N, pieces]; name: l0, prev, after."""
+        return np.stack([self.by_piece(values_L, mass_L) for values_L, mass_L in zip(getattr(self, f"{name}_NL"), self.mass_NL)])
 
 
 def pieces(ids: list[int], ttt: InPlaceTTT, length: int) -> list[list[int]]:
@@ -49,123 +69,159 @@ def pieces(ids: list[int], ttt: InPlaceTTT, length: int) -> list[list[int]]:
     return [ids[start:start + length] for start in range(0, len(ids), length)]
 
 
-def inner_loss(rule: str, asked: LayerMemory, strength_BS: torch.Tensor, memory: LayerMemory | None) -> float | None:
-    """l of one layer and row under a memory (None: one that holds nothing); None where nothing is asked of it."""
-    wanted_SD, weight_S = asked.values[0], strength_BS[0]
-    read_SD = torch.zeros_like(wanted_SD) if memory is None else memory.read(asked.keys)[0]
-    share = lambda t_SD: (weight_S * t_SD.sum(-1)).sum().item()
-    whole = share(wanted_SD.pow(2))
-    if whole == 0:
-        return None
-    return share((read_SD - wanted_SD).pow(2)) / whole if rule == "ridge" else -share(read_SD * wanted_SD) / whole
+def slot_losses(ttt: InPlaceTTT, writer, memory: Memory | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{layer: (inner loss of each token of a finished differentiable write of one row under `memory`, NaN where it left no slot; its mass), each [S]}.
+
+    memory None: one that holds nothing.
+    """
+    found = {}
+    for number, (i, (asked, strength_1S)) in enumerate(writer.wanted.items()):
+        token_C = (writer.slots.weights[number, 0] > 0).nonzero()[:, 0]
+        slot_C = torch.arange(len(token_C), device=token_C.device) if ttt.config.sparse else token_C  # a sparse arm has only its slots there
+        wanted_CD = asked.values[0, slot_C].float()
+        read_CD = torch.zeros_like(wanted_CD) if memory is None else memory.layers[i].read(asked.keys)[0, slot_C].float()
+        square_C = wanted_CD.pow(2).sum(-1)
+        gap_C = (read_CD - wanted_CD).pow(2).sum(-1) if ttt.config.rule == "ridge" else -(read_CD * wanted_CD).sum(-1)
+        loss_S, mass_S = np.full(writer.slots.weights.shape[-1], np.nan), np.zeros(writer.slots.weights.shape[-1])
+        loss_S[token_C.cpu().numpy()] = torch.where(square_C > 0, gap_C / square_C, torch.nan).cpu()  # who asks for nothing has no loss
+        mass_S[token_C.cpu().numpy()] = (square_C * strength_1S[0, slot_C]).cpu()
+        found[i] = loss_S, mass_S
+    return found
 
 
-def read_on(loaded: Loaded, ids: list[int], past: Past | None, last: torch.Tensor | None, session=None) -> tuple[list[float], torch.Tensor, Past]:
-    """(losses of the tokens, the logits after the last, the longer past) of one more piece; last: the logits before it."""
-    tokens = torch.tensor([ids], device=loaded.device)
-    logits, past = forward_all(loaded.model, tokens, torch.ones_like(tokens), past, session)
-    before = logits[0, :-1] if last is None else torch.cat([last[None], logits[0, :-1]])
-    return cross_entropy(before.float(), tokens[0, len(ids) - len(before):], reduction="none").tolist(), logits[0, -1], past
+def read_on(loaded: Loaded, ids: list[int], past: Past | None, last: torch.Tensor | None, session, step: int) -> tuple[list[float], torch.Tensor, Past]:
+    """(losses of the tokens, the logits after the last, the longer past) of one more piece, `step` tokens a call; last: the logits before it."""
+    losses = []
+    for start in range(0, len(ids), step):
+        tokens = torch.tensor([ids[start:start + step]], device=loaded.device)
+        logits, past = forward_all(loaded.model, tokens, torch.ones_like(tokens), past, session)
+        before = logits[0, :-1] if last is None else torch.cat([last[None], logits[0, :-1]])
+        losses += cross_entropy(before.float(), tokens[0, tokens.shape[1] - len(before):], reduction="none").tolist()
+        last = logits[0, -1]
+    return losses, last, past
 
 
-def digest_of_parameters(loaded: Loaded, ttt: InPlaceTTT) -> str:
-    return base_digest(loaded)[:16] + tensors_digest(ttt.tensors())[:16]
+def state_digest(memory: Memory | None) -> str:
+    """SHA-256 of what a memory of one row would answer with: its slots that hold a value, or its update. Counts of tokens are no state, nor is a zero."""
+    held = {}
+    for i, layer in ({} if memory is None else memory.layers).items():
+        parts = {"update": layer.update} if layer.is_dense else {name: t[layer.values.ne(0).any(-1)] for name, t in layer.tensors().items()}
+        held |= {f"{i}.{name}": t for name, t in parts.items() if t.any()}
+    return tensors_digest(held)[:16] if held else EMPTY
+
+
+def change(before: Memory | None, after: Memory) -> float:
+    """Largest over the layers of |dW - dW'| / max(|dW|, |dW'|), in float64; 0 where neither holds anything. Before None: nothing yet."""
+    largest = 0.0
+    for i, layer in after.layers.items():
+        one, new = (memory and memory.layers[i].map(torch.Tensor.double) for memory in (before, after))
+        if before is None:
+            largest = max(largest, float(new.norm().item() > 0))
+            continue
+        minus = replace(one, update=-one.update) if one.is_dense else replace(one, values=-one.values)
+        largest = max(largest, (new.plus(minus).norm() / torch.maximum(one.norm(), new.norm()).clamp(min=1e-30)).item())
+    return largest
+
+
+def parameter_digest(loaded: Loaded, ttt: InPlaceTTT) -> str:
+    """Of every parameter there is: the base's, a joint arm's LoRA, the adapter's."""
+    return tensors_digest(dict(loaded.model.named_parameters()))[:16] + tensors_digest(ttt.tensors())[:16]
 
 
 @torch.no_grad()
-def along(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], length: int) -> Along:
+def along(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], length: int, streaming: bool = False) -> Along:
     """Read a text piece by piece. Raises ValueError for a text of fewer than two pieces."""
     cut = pieces(ids, ttt, length)
     if len(cut) < 2:
         raise ValueError(f"a text of {len(ids)} tokens is one piece of {ttt.config.chunk or length}; give a longer text or shorter pieces")
-    found, memory, last, pasts = Along(prev={i: [] for i in ttt.config.layers}, after={i: [] for i in ttt.config.layers}), None, {}, {}
-    found.parameters.append(digest_of_parameters(loaded, ttt))
-    start = 0
+    layers, step = tuple(sorted(ttt.config.layers)), 1 if streaming else len(ids)
+    losses, inner = {"off": [], "on": []}, {name: {i: [] for i in layers} for name in ("l0", "prev", "after", "mass")}
+    memory, last, pasts, inputs, outputs, changes, parameters = None, {}, {}, [], [], [], [parameter_digest(loaded, ttt)]
     for piece in cut:
-        found.starts.append(start)
         for name, known in (("off", None), ("on", memory)):
             with reading(ttt, known) as session:
-                losses, last[name], pasts[name] = read_on(loaded, piece, pasts.get(name), last.get(name), session)
-            getattr(found, name).append(losses)
-        with ttt.write(memory, differentiable=True) as writer:
-            _, _, pasts["write"] = read_on(loaded, piece, pasts.get("write"), None, writer)
-        earlier, memory = memory, writer.memory()
-        for i, (asked, strength) in writer.wanted.items():
-            found.prev[i].append(inner_loss(ttt.config.rule, asked, strength, earlier and earlier.layers[i]))
-            found.after[i].append(inner_loss(ttt.config.rule, asked, strength, memory.layers[i]))
-        found.digests.append(memory.digest())
-        start += len(piece)
-    found.parameters.append(digest_of_parameters(loaded, ttt))
-    return found
+                scored, last[name], pasts[name] = read_on(loaded, piece, pasts.get(name), last.get(name), session, step)
+            losses[name] += scored
+        with ttt.write(memory, differentiable=True) as writer:  # differentiable: the writer then keeps what every token asks for
+            _, _, pasts["write"] = read_on(loaded, piece, pasts.get("write"), None, writer, step)
+        inputs.append(state_digest(writer.start))
+        earlier, memory = memory, smaller(writer.memory())
+        outputs.append(state_digest(memory))
+        changes.append(change(earlier, memory))
+        for name, known in (("l0", None), ("prev", earlier), ("after", memory)):
+            for i, (loss_S, mass_S) in slot_losses(ttt, writer, known).items():
+                inner[name][i].append(loss_S)
+                if name == "l0":
+                    inner["mass"][i].append(mass_S)
+    parameters.append(parameter_digest(loaded, ttt))
+    table = {name: np.stack([np.concatenate(by_layer[i]) for i in layers]) for name, by_layer in inner.items()}
+    return Along(np.cumsum([0, *map(len, cut[:-1])]).tolist(), *(np.array([np.nan, *losses[name]]) for name in ("off", "on")), layers,
+                 *(table[name] for name in ("l0", "prev", "after", "mass")), inputs, outputs, changes, parameters, memory)
 
 
-def words(found: dict, arm: str, rule: str) -> str:
-    """What `summary` found, in words."""
-    layers = [cell for cell in found["layers"].values() if cell["pieces"]]
-    improved = f"{np.mean([cell['improved'] for cell in layers]):.0%}" if layers else "none"
-    return (f"Along a text of {found['tokens']} tokens in {found['pieces']} pieces {arm} predicts with {found['loss_off']:.3f} nats a token by the base alone and {found['loss_on']:.3f} with what it wrote before "
-            f"(gain {found['gain']:.3f} [{found['gain_ci'][0]:.3f}, {found['gain_ci'][1]:.3f}], slope {found['slope']:.4f} [{found['slope_ci'][0]:.4f}, {found['slope_ci'][1]:.4f}] a piece; 95% bootstrap over "
-            f"pieces). The inner loss ({rule}) is lower after a piece than before it in {improved} of the pieces that leave a slot, mean over the layers.\n\n"
-            f"Verdict: {found['disconnect']}. State: {found['state']}.\n")
-
-
-def draw(found: Along, path: Path) -> None:
-    """Above, the model's own loss piece by piece with TTT off and on; below, each layer's inner loss before and after the piece is written."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    outer, inner = figure.subplots(2, 1, sharex=True)
-    for name, color in (("off", "#999999"), ("on", "#0072B2")):
-        outer.plot(found.starts, [np.mean(losses) if losses else np.nan for losses in getattr(found, name)], marker="o", markersize=3, color=color, label=f"TTT {name}")
-    outer.set_ylabel("the model's own loss, nats a token")
-    outer.legend(fontsize=8, frameon=False)
-    nan = lambda values: [np.nan if value is None else value for value in values]
-    for number, i in enumerate(found.prev):
-        color = matplotlib.colormaps["viridis"](number / max(1, len(found.prev) - 1))
-        inner.plot(found.starts, nan(found.prev[i]), marker="o", markersize=3, linewidth=0.6, linestyle=":", color=color)
-        inner.plot(found.starts, nan(found.after[i]), marker="v", markersize=3, linewidth=1, color=color, label=f"layer {i}")
-    inner.set_ylabel("inner loss, share of what is asked\n(dotted: before the piece is written)")
-    inner.set_xlabel("tokens read before the piece")
-    figure.legend(*inner.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def interval(values: np.ndarray, statistic, seed: int = 0) -> tuple[float, float, float]:
-    """(statistic, its 95% bootstrap interval over the rows of `values`)."""
-    rows = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile([statistic(values[r]) for r in rows], (0.025, 0.975))
-    return float(statistic(values)), float(low), float(high)
+def smaller(memory: Memory) -> Memory:
+    """Each layer in its smaller form: a differentiable write leaves every slot, however many there are."""
+    return replace(memory, layers={i: layer.smaller_form() for i, layer in memory.layers.items()})
 
 
 def summary(found: Along) -> dict:
-    """The numbers of one text: outer gain (off - on) in nats a token and its slope over pieces, inner losses by layer, and the two verdicts."""
-    gain = np.array([np.mean(off) - np.mean(on) for off, on in zip(found.off[1:], found.on[1:])])  # before the first piece nothing is known
-    points = np.column_stack([np.arange(1, len(gain) + 1), gain])
-    slope = lambda p: float(np.polyfit(p[:, 0], p[:, 1], 1)[0]) if len(set(p[:, 0])) > 1 else 0.0
+    """The numbers of one text. Slopes are over pieces, for 1,000 tokens; the first piece, before which nothing is known, is left out of all but the losses."""
+    places, off, on = np.array(found.starts[1:]) / 1000, found.by_piece(found.off_L)[1:], found.by_piece(found.on_L)[1:]
+    prev, after, l0 = (found.inner(name)[:, 1:] for name in ("prev", "after", "l0"))
+    behind_L = np.arange(len(found.off_L)) >= found.starts[1]
     layers = {}
-    for i in found.prev:
-        pairs = [(p, a) for p, a in zip(found.prev[i][1:], found.after[i][1:]) if p is not None]
-        prev, after = ([pair[side] for pair in pairs] for side in (0, 1))
-        layers[i] = {"pieces": len(pairs), "l_prev": float(np.mean(prev)) if pairs else None, "l_after": float(np.mean(after)) if pairs else None,
-                     "improved": float(np.mean([a < p for p, a in pairs])) if pairs else None}
-    mean, low, high = interval(gain, np.mean)
-    return {"pieces": len(found.starts), "tokens": sum(map(len, found.off)) + 1, "loss_off": float(np.mean(np.concatenate(found.off))), "loss_on": float(np.mean(np.concatenate(found.on))),
-            "gain": mean, "gain_ci": [low, high], "slope": (s := interval(points, slope))[0], "slope_ci": list(s[1:]), "layers": layers,
-            "state": verdict(found.digests, found.parameters), "disconnect": disconnect(layers, [low, high])}
+    for number, i in enumerate(found.layers):
+        slot_L = behind_L & np.isfinite(found.prev_NL[number])
+        mean = lambda name: float(np.average(getattr(found, f"{name}_NL")[number, slot_L], weights=found.mass_NL[number, slot_L])) if slot_L.any() else None
+        layers[i] = {"slots": int(slot_L.sum()), "l0": mean("l0"), "l_prev": mean("prev"), "l_after": mean("after"),
+                     "improved": float((found.after_NL[number, slot_L] < found.prev_NL[number, slot_L]).mean()) if slot_L.any() else None,
+                     "slope_l_prev": slope_of(places, prev[number]), "slope_l_after": slope_of(places, after[number])}
+    gain = mean_of(off - on)
+    return {"tokens": len(found.off_L), "pieces": len(found.starts), "loss_off": float(np.nanmean(found.off_L)), "loss_on": float(np.nanmean(found.on_L)),
+            "gain": gain["mean"], "gain_ci": gain["ci"], "slope_gain": slope_of(places, off - on), "slope_off": slope_of(places, off), "slope_on": slope_of(places, on),
+            "layers": layers, "disconnect": disconnect(layers, gain["ci"]), **outer_by_inner(off - on, l0, prev, after)}
 
 
-def verdict(digests: list[str], parameters: list[str]) -> str:
-    """What moved: the state (the memory) is looked at, not the parameters, which a test-time learner never touches."""
-    moved = len(set(digests)) == len(digests)
-    if len(set(parameters)) > 1:
-        return "parameters changed: this is fine-tuning, or a defect"
-    return "the state moves with every piece, the parameters stay" if moved else "no weight changes: the state is the same after two pieces"
+def outer_by_inner(gain_P: np.ndarray, l0_NP: np.ndarray, prev_NP: np.ndarray, after_NP: np.ndarray) -> dict:
+    """Does the inner loss predict the outer one? Over pieces, means over the layers that have a slot there:
+
+    same_tokens: how much of l0 the memory before the piece has taken off, against what it takes off the model's own loss of the same piece;
+    next_piece: how much the write of a piece takes off its inner loss, against what the memory takes off the model's loss of the piece after it.
+    """
+    mean = lambda t_NP: np.ma.masked_invalid(t_NP).mean(0).filled(np.nan)
+    return {"same_tokens": rank_correlation(mean(l0_NP - prev_NP), gain_P), "next_piece": rank_correlation(mean(prev_NP - after_NP)[:-1], gain_P[1:])}
 
 
-def disconnect(layers: dict, gain_ci: list[float]) -> str:
-    """One sentence by a stated rule: the inner loss falls where most layers have it lower after nine pieces in ten than before; the model's own
-    where the interval of the gain lies above 0."""
-    fell = np.mean([(cell["improved"] or 0) >= 0.9 for cell in layers.values()]) > 0.5
-    helped = gain_ci[0] > 0
+def disconnect(layers: dict, gain_ci: list[float] | None) -> str:
+    """One sentence by RULE."""
+    fell = np.mean([(cell["improved"] or 0) >= MOST for cell in layers.values()]) > 0.5
+    helped = gain_ci is not None and gain_ci[0] > NEGLIGIBLE
     return {(True, True): "the inner loss falls and the model's own loss falls with it",
             (True, False): "disconnect: the inner loss falls, the model's own loss does not",
             (False, True): "the model's own loss falls although the inner loss hardly does",
             (False, False): "neither the inner loss nor the model's own falls"}[fell, helped]
+
+
+def words(found: dict, rule: str) -> str:
+    """What `summary` found, in words."""
+    layers = [cell for cell in found["layers"].values() if cell["slots"]]
+    mean = lambda name: float(np.mean([cell[name] for cell in layers]))
+    inner = "No token after the first piece leaves a slot that asks for anything." if not layers else (
+        f"The inner loss ({rule}; l0 {mean('l0'):.0f}) is {mean('l_prev'):.3f} before a token's piece is written and {mean('l_after'):.3f} after it "
+        f"(means over {len(layers)} layers), lower for {mean('improved'):.0%} of the {sum(cell['slots'] for cell in layers)} slots.")
+    slope = lambda name: "none" if found[name]["slope"] is None else f"{found[name]['slope']:.3f} {told(found[name]['ci'])}"
+    return (f"{found['tokens']} tokens in {found['pieces']} pieces: the model's own loss is {found['loss_off']:.3f} nats a token by the base alone "
+            f"and {found['loss_on']:.3f} with what was written before (gain {found['gain']:.3f} {told(found['gain_ci'])}; "
+            f"slope for 1,000 tokens: off {slope('slope_off')}, on {slope('slope_on')}, gain {slope('slope_gain')}). {inner}\n\n"
+            f"**Verdict: {found['disconnect']}.**\n")
+
+
+def relation_words(found: dict) -> str:
+    """Does the inner loss predict the outer one? In words."""
+    sentences = []
+    for name, what in (("same_tokens", "what the memory has already learned of a piece and what it takes off the model's own loss there"),
+                       ("next_piece", "what a write takes off the inner loss and what the memory takes off the model's own loss of the next piece")):
+        cell = found[name]
+        rho = "cannot be computed" if cell["rho"] is None else f"{cell['rho']:.2f} {told(cell['ci'], 2)}"
+        sentences.append(f"between {what}: {rho} over {cell['n']} pieces ({predicts(cell, 1)})")
+    return f"Does the inner loss predict the outer loss? Spearman's correlation {'; '.join(sentences)}. Yes: the whole interval lies above 0; the other way round: below.\n"

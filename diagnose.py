@@ -1,329 +1,212 @@
-"""See inside a memory: which written token a question finds, and what each layer's memory does to the answer.
+"""See inside a memory: is it learning, is it kept, does it reach the output?
 
-    python diagnose.py --adapter checkpoints/smollm2-deep --samples 10 --out results/diagnose/smollm2-deep
+    python diagnose.py --adapter checkpoints/smollm2-deep --samples 16 --out results/diagnose/smollm2-deep
+    python diagnose.py --model tiny-llama --form plain --chunk 16 --samples built-in --text built-in --streamed 64 --out /tmp/look     # an untrained start
 
-For level-1 conversations of a benchmark: (1) the query that predicts the answer's first token is held against the key of every written token,
-layer by layer (keys and queries are unit vectors, or codes whose product is that of two cosines), and the token met best is looked up in the
-text; (2) each layer's memory is taken out, and left alone, and the answers, the gold answer's loss and the divergence of the predictions are
-measured; (3) the update's size, share of the MLP's output and spectrum; (4) along one long text (a level-3 conversation and the prose behind it, or
-a file), the inner loss of every layer beside the model's own (adaptation.py). Writes OUT/report.json, OUT/found.png (a heat map over the words
-of the first conversation), OUT/layers.png, OUT/along.png and OUT/report.md, which says it in words.
+One folder, OUT/report.md with its figures, says in words and by rules that stand there:
+(1) along a text, piece by piece and, of its beginning, one token a call: the inner loss of every layer beside the model's own (adaptation.py);
+(2) the state: handed on, reset, streamed, saved and loaded, with PASS or FAIL (state_checks.py);
+(3) for conversations with known facts: which written token a question meets, what each layer's memory does to answers and predictions, its size
+and spectrum, and whether the inner loss predicts recall (inside.py);
+(4) right and degenerate answers with the memory, and with random updates of its norm, times a factor.
+OUT/report.json has the numbers, OUT/along.npz the losses of every token and layer (arrays of adaptation.Along, float16).
 """
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+import os
 from pathlib import Path
 
-import matplotlib
-import torch
-from matplotlib.figure import Figure
-from torch.nn.functional import kl_div, log_softmax, nll_loss
-from tqdm import tqdm
+import numpy as np
 
 import adaptation
 import benchmark_file
+import inside
+import inside_figures
 import prompts
-from conditions import MAX_NEW_TOKENS
-from decoding import answers_to, forward_all, heard
-from evaluate import exact_match
-from in_place_ttt import InPlaceTTT
+import state_checks
+from adaptation import Along
+from decoding import check_window
+from diagnose_input import BUILT_IN, attach, choose_samples, choose_text
 from manifests import UserError, provenance, run_script, write_json
-from memory import Memory, meets
-from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
+from model_utils import find_row, load_model, pick_device
+from trends import predicts, told
 
-matplotlib.use("Agg")
-
-DRAWN = 4   # questions of the first conversation in found.png
+ENOUGH = 0.95  # of what all layers answer
 
 
-@dataclass(frozen=True)
-class Text:
-    """One conversation, written: its tokens as words, the character span of each, and under what key and how strongly each layer writes it."""
-
-    sample: dict
-    words: list[str]
-    spans: list[tuple[int, int]]
-    keys: dict[int, torch.Tensor]       # [1, S, F] or codes
-    strength: dict[int, torch.Tensor]   # [S]; 0: no slot
-    memory: Memory
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question with its gold answer behind it, read with R memories: predictions of the answer's M tokens, and of the first memory more."""
-
-    logits: torch.Tensor                # [R, M, V]
-    gold: torch.Tensor                  # [M]
-    queries: dict[int, torch.Tensor]    # layer -> [M, F] or codes
-    share: dict[int, float]             # layer -> |what the memory adds| / |what the MLP gives|, mean over the answer's tokens
-
-
-@torch.no_grad()
-def write(loaded: Loaded, ttt: InPlaceTTT, sample: dict) -> Text:
-    cut = loaded.tokenizer(sample["conversation"], add_special_tokens=False, return_offsets_mapping=True)
-    start = prompts.start_ids(loaded.tokenizer)
-    ids = torch.tensor([start + cut.input_ids], device=loaded.device)
-    with ttt.write(differentiable=True) as writer:  # differentiable: the writer then keeps the keys of all tokens, slots or not
-        writer.expect(torch.ones_like(ids))
-        loaded.model.get_decoder()(input_ids=ids, use_cache=False)
-    memory = writer.memory()
-    layers = sorted(memory.layers)
-    return Text(sample, [loaded.tokenizer.decode([i]) for i in ids[0].tolist()], [(0, 0)] * len(start) + [tuple(span) for span in cut.offset_mapping],
-                {i: writer.slots.keys[n] for n, i in enumerate(layers)}, {i: writer.slots.weights[n, 0] for n, i in enumerate(layers)}, memory)
-
-
-@torch.no_grad()
-def ask(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, lang: str, probe: dict) -> Asked:
-    """The example before the question is read in a context of its own, as run_experiment.py does it."""
-    tokenizer = loaded.tokenizer
-    tail, gold = prompts.tail_ids(tokenizer, lang, probe["question"]), prompts.answer_ids(tokenizer, lang, probe["gold_answer"])
-    past = heard(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, tokenizer.pad_token_id, ttt, memory)
-    ids = torch.tensor([tail + gold] * memory.batch, device=loaded.device)
-    answer = slice(len(tail) - 1, -1)  # what predicts the answer's tokens
-    watch = torch.zeros_like(ids, dtype=torch.bool)
-    watch[0, answer] = True
-    outputs, hooks = {}, []
-    for i in ttt.config.layers:
-        mlp = loaded.model.get_decoder().layers[i].mlp
-        keep = lambda name: lambda module, inputs, output: outputs.__setitem__(name, output[0, answer].float())
-        hooks += [mlp.register_forward_hook(keep((i, "all"))), mlp.base.down_proj.register_forward_hook(keep((i, "base")))]
-    with ttt.read(memory, watch) as session:
-        logits, _ = forward_all(loaded.model, ids, torch.ones_like(ids), past, session)
-    for hook in hooks:
-        hook.remove()
-    norm = lambda t: torch.linalg.vector_norm(t, dim=-1)
-    share = {i: (norm(outputs[i, "all"] - outputs[i, "base"]) / norm(outputs[i, "base"])).mean().item() for i in ttt.config.layers}
-    return Asked(logits[:, answer].float(), torch.tensor(gold, device=loaded.device), session.queries, share)
-
-
-def parts_of(memory: Memory) -> dict[tuple[str, int | None], Memory]:
-    """The memory whole and empty; without each layer, of that layer alone, and of that layer and all deeper ones."""
-    empty = memory.scale(0.0)
-    of = lambda wanted: replace(memory, layers={i: (memory if wanted(i) else empty).layers[i] for i in memory.layers})
-    parts = {("all", None): memory, ("none", None): empty}
-    for i in memory.layers:
-        parts |= {("without", i): of(lambda j: j != i), ("only", i): of(lambda j: j == i), ("from", i): of(lambda j: j >= i)}
-    return parts
-
-
-def belongs(text: Text, probe: dict) -> torch.Tensor:
-    """Which written tokens [S] are of the fact that holds the answer: those of its span, and the one before, which says its first."""
-    fact = next(f for f in text.sample["facts"] if f["fact_id"] == probe["required_facts"][-1])
-    low, high = fact.get("span", (0, 0))
-    inside = torch.tensor([start < high and end > low for start, end in text.spans])
-    return inside | torch.cat([inside[1:], torch.tensor([False])])
-
-
-def met_by(query_MK: torch.Tensor, text: Text, i: int, sizes) -> torch.Tensor:
-    """How well a layer's query for the answer's first token meets the key of each written token, [S]; nan where it left no slot."""
-    met_S = meets(query_MK[None, :1], text.keys[i], sizes)[0, 0].float().cpu()
-    return met_S.masked_fill(text.strength[i].cpu() <= 0, float("nan"))
-
-
-def met_best(text: Text, asked: Asked, probe: dict, sizes) -> dict[int, dict]:
-    """Of each layer: the written token that the query for the answer's first token meets best, how well, and whether it belongs to the fact;
-    chance: the share of slots that do."""
-    inside, found = belongs(text, probe), {}
-    for i, query in asked.queries.items():
-        met = met_by(query, text, i, sizes)
-        slot, best = ~met.isnan(), int(met.nan_to_num(nan=float("-inf")).argmax())
-        found[i] = {"token": best, "word": text.words[best], "next": text.words[best + 1] if best + 1 < len(text.words) else "", "met": met[best].item(),
-                    "in_fact": bool(inside[best]), "chance": (inside & slot).sum().item() / max(1, int(slot.sum()))}
-    return found
-
-
-def spectrum(memory: Memory, i: int) -> dict:
-    """Singular values of dW, and the rank that their entropy stands for (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals(memory.layers[i].to_dense().update[0].float())
-    share = values[values > 0] / values.sum()
-    return {"effective_rank": torch.exp(-(share * share.log()).sum()).item() if len(share) else 0.0, "singular_values": [round(v, 6) for v in values[:64].tolist()]}
-
-
-@torch.inference_mode()
-def right(loaded: Loaded, ttt: InPlaceTTT, memory: Memory, sample: dict) -> list[list[bool]]:
-    """Of each row of the memory, whether each question of the sample is answered exactly with it."""
-    tokenizer, lang, probes = loaded.tokenizer, sample["lang"], sample["probes"]
-    past = heard(loaded.model, [prompts.head_ids(tokenizer, lang, with_text=False)] * memory.batch, tokenizer.pad_token_id, ttt, memory)
-    tails = [prompts.tail_ids(tokenizer, lang, probe["question"]) for probe in probes]
-    answers, _ = answers_to(loaded.model, tokenizer, tails * memory.batch, MAX_NEW_TOKENS, past, ttt, memory)
-    correct = [exact_match(a, [p["gold_answer"], *p.get("aliases", [])], lang) for a, p in zip(answers, probes * memory.batch)]
-    return [correct[start:start + len(probes)] for start in range(0, len(correct), len(probes))]
-
-
-def measure(loaded: Loaded, ttt: InPlaceTTT, samples: list[dict]) -> tuple[dict, list]:
-    """(the report's numbers, what found.png draws)."""
-    layers, drawn, rows, correct = list(ttt.config.layers), [], [], {}
-    sums = {i: {"update_norm": [], "effective_rank": [], "share_of_output": [], "kl_without": [], "in_fact": [], "chance": [], "met": []} for i in layers}
-    losses, first_spectra = {}, {}
-    for sample in tqdm(samples, unit="conversation", desc="looking"):
-        text = write(loaded, ttt, sample)
-        parts = parts_of(text.memory)
-        together = Memory.stack(list(parts.values()))
-        for name, answered in zip(parts, right(loaded, ttt, together, sample)):
-            correct.setdefault(name, []).extend(answered)
-        norms, spectra = text.memory.update_norms(), {i: spectrum(text.memory, i) for i in layers}
-        first_spectra = first_spectra or spectra
-        for i in layers:
-            sums[i]["update_norm"].append(norms[i].item())
-            sums[i]["effective_rank"].append(spectra[i]["effective_rank"])
-        for number, probe in enumerate(sample["probes"]):
-            asked = ask(loaded, ttt, together, sample["lang"], probe)
-            predicted = dict(zip(parts, log_softmax(asked.logits, -1)))
-            best = met_best(text, asked, probe, text.memory.layers[layers[0]].sizes)
-            for name, one in predicted.items():
-                losses.setdefault(name, []).append(nll_loss(one, asked.gold).item())
-            for i in layers:
-                sums[i]["share_of_output"].append(asked.share[i])
-                sums[i]["kl_without"].append(kl_div(predicted["without", i], predicted["all", None], reduction="batchmean", log_target=True).item())
-                for name in ("in_fact", "chance", "met"):
-                    sums[i][name].append(float(best[i][name]))
-            rows.append({"sample_id": sample["sample_id"], "probe_id": probe["probe_id"], "question": probe["question"], "gold": probe["gold_answer"], "met_best": best})
-            if sample is samples[0] and number < DRAWN:
-                drawn.append((text, probe, asked))
-    mean = lambda values: sum(values) / len(values)
-    by_layer = {i: {name: mean(values) for name, values in sums[i].items()} | {
-        f"{name}_{kind}": mean(measured[kind, i]) for name, measured in (("em", correct), ("loss", losses)) for kind in ("without", "only", "from")} for i in layers}
-    return {"conversations": len(samples), "questions": len(rows), "em": mean(correct["all", None]), "em_without_memory": mean(correct["none", None]),
-            "loss": mean(losses["all", None]), "loss_without_memory": mean(losses["none", None]), "layers": by_layer,
-            "spectrum_of_the_first": first_spectra, "questions_and_what_they_met": rows}, drawn
-
-
-# ---- the report ----
-
-def words(found: dict, arm: str, model: str) -> str:
-    """What was found, in words, by rules that stand here."""
-    layers = found["layers"]
+def memory_words(found: dict) -> str:
+    """What was found of the conversations' memories, in words."""
+    layers, apart = found["layers"], found["ablated"]
     finder = max(layers, key=lambda i: layers[i]["in_fact"])
-    needed = min(layers, key=lambda i: layers[i]["em_without"])
-    alone = max(layers, key=lambda i: layers[i]["em_only"])
-    deep = max(i for i in layers if layers[i]["em_from"] >= 0.95 * found["em"])
-    lost = found["em"] - layers[needed]["em_without"]
-    lines = [f"{arm} on {model}, {found['conversations']} conversations, {found['questions']} questions: {found['em']:.3f} right with the memory, "
+    ends = lambda name, digits: " to ".join(f"{end(cell[name] for cell in layers.values()):.{digits}f}" for end in (min, max))
+    lines = [f"{found['conversations']} conversations, {found['questions']} questions: {found['em']:.3f} right with the memory, "
              f"{found['em_without_memory']:.3f} without; loss of the gold answer {found['loss']:.2f} and {found['loss_without_memory']:.2f} nats a token.",
              f"The question's query meets a token of the right fact best in {layers[finder]['in_fact']:.0%} of the questions in layer {finder} "
              f"(a slot drawn at random: {layers[finder]['chance']:.0%}); over all layers in {sum(c['in_fact'] for c in layers.values()) / len(layers):.0%}."]
-    if found["em"] <= found["em_without_memory"]:
-        lines.append("The memory answers nothing that is not answered without it, so no layer can be missed.")
-    else:
-        lines += [
-            f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
-            (f", {lost:.3f} fewer." if lost > 0 else ", so no single layer is needed."),
-            f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
-            ("The layers work together." if layers[alone]["em_only"] < 0.5 * found["em"] else "It carries most of the memory by itself.") +
-            f" Layers {deep} and deeper are enough for 95% of what all of them answer ({layers[deep]['em_from']:.3f})."]
-    lines.append(f"The update is {min(c['update_norm'] for c in layers.values()):.2f} to {max(c['update_norm'] for c in layers.values()):.2f} times |W_down|, of effective rank "
-                 f"{min(c['effective_rank'] for c in layers.values()):.0f} to {max(c['effective_rank'] for c in layers.values()):.0f}, and adds "
-                 f"{min(c['share_of_output'] for c in layers.values()):.2f} to {max(c['share_of_output'] for c in layers.values()):.2f} of the MLP's output while an answer is said.")
+    if apart is not None:
+        lines.append(f"In {apart['conversations']} of them, with {apart['questions']} questions of which {apart['em']:.3f} are right, "
+                     "each layer's memory was taken out and left alone.")
+        lines += ablation_words(layers, apart["em"]) if found["em"] > found["em_without_memory"] else [
+            "The memory answers nothing that is not answered without it, so no layer can be missed."]
+    lines.append(f"The update is {ends('update_norm', 2)} times |W_down|, of effective rank {ends('effective_rank', 0)}, "
+                 f"and adds {ends('share_of_output', 2)} of the MLP's output while an answer is said.")
     return "\n\n".join(lines) + "\n"
 
 
-def draw_found(drawn: list, sizes, path: Path) -> None:
-    """Questions by layers, over the written tokens that left a slot in any layer: how well the query for the answer's first token meets each."""
-    text = drawn[0][0]
-    places = [place for place in range(len(text.words)) if any(strength[place] > 0 for strength in text.strength.values())]
-    word = lambda token: token.strip().replace("$", r"\$") or ("\\n" if "\n" in token else "·")
-    label = lambda place: " ".join(map(word, text.words[place:place + 2]))
-    figure = Figure(figsize=(max(8, 0.16 * len(places)), 1.7 + 1.8 * len(drawn)), layout="constrained")
-    panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
-    figure.suptitle(f"{text.sample['sample_id']}: how well each question meets the written tokens, by layer (red: the fact; white: no slot; labels: the token and the one after it)", fontsize=9)
-    for ax, (_, probe, asked) in zip(panels, drawn):
-        met = [met_by(query, text, i, sizes)[places] for i, query in asked.queries.items()]
-        image = ax.imshow(torch.stack(met).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-        ax.set_yticks(range(len(met)), list(asked.queries), fontsize=6)
-        ax.set_ylabel("layer", fontsize=7)
-        ax.set_title(f"{probe['question']}  ({probe['gold_answer']})", fontsize=8)
-        for column in (column for column, place in enumerate(places) if belongs(text, probe)[place]):
-            ax.add_patch(matplotlib.patches.Rectangle((column - 0.5, -0.5), 1, 0.4, color="red"))
-    panels[-1].set_xticks(range(len(places)), [label(place) for place in places], rotation=90, fontsize=6)
-    figure.colorbar(image, ax=list(panels), fraction=0.015, pad=0.005)
-    figure.savefig(path, dpi=150)
+def ablation_words(layers: dict, em: float) -> list[str]:
+    """What single layers are worth to `em`, the share of right answers with all of them."""
+    needed = min(layers, key=lambda i: layers[i]["em_without"])
+    alone = max(layers, key=lambda i: layers[i]["em_only"])
+    deep = max(i for i in layers if layers[i]["em_from"] >= ENOUGH * em)
+    lost = em - layers[needed]["em_without"]
+    return [f"Layer {needed} is missed most: without its memory {layers[needed]['em_without']:.3f} are right" +
+            (f", {lost:.3f} fewer" if lost > 0 else ", so no single layer is needed") +
+            f", and the predictions move by {layers[needed]['kl_without']:.2f} nats (KL).",
+            f"Alone, layer {alone} does best: {layers[alone]['em_only']:.3f}. " +
+            ("The layers work together." if layers[alone]["em_only"] < 0.5 * em else "It carries most of the memory by itself.") +
+            f" Layers {deep} and deeper are enough for {ENOUGH:.0%} of what all of them answer ({layers[deep]['em_from']:.3f})."]
 
 
-def draw_layers(found: dict, path: Path) -> None:
-    """Bars by layer: what is right without it and with it alone, what its query finds, and how large its update is."""
-    layers, places = found["layers"], range(len(found["layers"]))
-    panels = (("right answers", (("without this layer", "em_without"), ("this layer and deeper ones", "em_from")), found["em"]),
-              ("divergence without it, nats", (("", "kl_without"),), None),
-              ("finds the fact", (("met best", "in_fact"), ("a slot at random", "chance")), None),
-              ("size of the update", (("|dW| / |W_down|", "update_norm"), ("of the MLP's output", "share_of_output")), None))
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
-    for ax, (title, series, whole) in zip(figure.subplots(1, len(panels)), panels):
-        for number, (label, name) in enumerate(series):
-            width = 0.8 / len(series)
-            ax.bar([place - 0.4 + width * (number + 0.5) for place in places], [cell[name] for cell in layers.values()], width, label=label or None,
-                   color=("#0072B2", "#E69F00")[number])
-        if whole is not None:
-            ax.axhline(whole, color="black", linewidth=1, label="all layers")
-        every = -(-len(layers) // 10)
-        ax.set_xticks(places[::every], list(layers)[::every])
-        ax.set_xlabel("layer")
-        ax.set_title(title, fontsize=9)
-        if len(series) > 1:
-            ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    figure.suptitle(f"{found['conversations']} conversations, {found['questions']} questions", fontsize=9)
-    figure.savefig(path, dpi=150)
+def recall_words(found: dict) -> str:
+    """Does the inner loss predict recall? In words."""
+    cells = found["recall_by_inner_loss"]
+
+    def rho(name: str, sign: int) -> str:
+        cell = cells[name]
+        if cell["rho"] is None:
+            return "cannot be computed (all alike)"
+        return f"{cell['rho']:.2f} {told(cell['ci'], 2)} ({predicts(cell, sign)})"
+
+    mean = lambda cell: "none" if cell["mean"] is None else f"{cell['mean']:.3f} {told(cell['ci'])}"
+    return ("Does the inner loss predict recall? Spearman's correlation of the inner loss that is left in the fact's slots (mean over the layers that have one) "
+            f"with whether the answer is right: {rho('with_right', -1)}; with the loss of the gold answer: {rho('with_loss', 1)}; "
+            f"{cells['with_right']['n']} questions of {cells['with_right']['groups']} conversations, intervals over conversations. "
+            "Yes: the whole interval lies on the side where less inner loss goes with more recall. "
+            f"Mean inner loss of the facts that are answered {mean(cells['inner_where_right'])}, of the others {mean(cells['inner_where_wrong'])}. "
+            "Beside it, the share of layers whose query meets the fact best: "
+            f"with right answers {rho('finding_with_right', 1)}, with the gold answer's loss {rho('finding_with_loss', -1)}.\n")
+
+
+def scale_words(scaled: dict) -> str:
+    """What became of the answers at other sizes of the update, in words."""
+    lines = ["| | " + " | ".join(f"×{cell['factor']:g}" for cell in next(iter(scaled.values()))) + " |", "| --- |" + " --- |" * len(inside.FACTORS)]
+    for what, cells in scaled.items():
+        lines.append(f"| {what}: right | " + " | ".join(f"{cell['em']:.3f} {told(cell['em_ci'], 2)}" for cell in cells) + " |")
+        lines.append(f"| {what}: empty or stuck | " + " | ".join(f"{cell['degenerate']:.3f}" for cell in cells) + " |")
+    memory, noise = scaled.values()
+    best = max(memory, key=lambda cell: cell["em"])
+    verdict = (f"Best at ×{best['factor']:g} ({best['em']:.3f} right; |dW| {best['update_norm']:.2f} times |W_down|)."
+               if best["em"] > max(cell["em"] for cell in noise)
+               else "At no size does the memory answer more than noise of its norm: the size of the update is not what is missing.")
+    return "\n".join(lines) + f"\n\n{verdict}\n"
+
+
+def in_short(what: dict) -> str:
+    """The report's answers in a few lines."""
+    checks, along, memory = what["checks"], what["along"], what["memory"]
+    failed = "; ".join(check.asks for check in checks if not check.passed)
+    lines = [f"- Learning: {along['disconnect']}.",
+             f"- State: {what['verdict']}; {sum(check.passed for check in checks)} of {len(checks)} checks pass{'; not: ' + failed if failed else ''}.",
+             f"- Does the inner loss predict the outer loss? On the same tokens: {predicts(along['same_tokens'], 1)}; of a write, on the next piece: {predicts(along['next_piece'], 1)}."]
+    if memory is not None:
+        cells = memory["recall_by_inner_loss"]
+        lines += [f"- Output: {memory['em']:.3f} of {memory['questions']} questions are right with the memory alone, {memory['em_without_memory']:.3f} without it.",
+                  f"- Does the inner loss predict recall? By right answers: {predicts(cells['with_right'], -1)}; by the gold answer's loss: {predicts(cells['with_loss'], 1)}. "
+                  f"Does finding the fact? {predicts(cells['finding_with_right'], 1)}; {predicts(cells['finding_with_loss'], -1)}."]
+    return "\n".join(lines) + "\n"
+
+
+def report_text(arm: str, loaded, rule: str, what: dict) -> str:
+    """report.md."""
+    parts = [f"# Inside {arm} on {loaded.row.name}", "`" + provenance()["command"] + "`", in_short(what),
+             f"## Is it learning? Inner and outer loss along {what['text']}", f"Rule: {adaptation.RULE}. Slopes are Theil and Sen's over pieces; 95% intervals.",
+             "### Piece by piece", adaptation.words(what["along"], rule), "![Inner and outer loss, piece by piece](along.png)",
+             adaptation.relation_words(what["along"]),
+             "### One token a call", adaptation.words(what["streamed"], rule), "![Inner and outer loss, token by token](streamed.png)",
+             "## Is it kept? The state", f"Verdict: {what['verdict']}.", state_checks.table(what["checks"])]
+    if what["memory"] is not None:
+        parts += ["## Does it reach the output? Conversations with known facts", memory_words(what["memory"]), "![A fact being found](found.png)",
+                  "![A fact being found, by layer](found_layers.png)", "![What each layer does](layers.png)", recall_words(what["memory"])]
+    if what["scaled"] is not None:
+        parts += ["## Is it the size?", scale_words(what["scaled"]), "![Answers against the size of the update](scale.png)"]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def save_positions(read: Along, path: Path) -> None:
+    """The losses of every token and layer, arrays of Along, in float16."""
+    arrays = {name: getattr(read, name).astype(np.float16) for name in ("off_L", "on_L", "l0_NL", "prev_NL", "after_NL")}
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, starts=np.array(read.starts), layers=np.array(read.layers), **arrays)
+    os.replace(part, path)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", required=True, help="checkpoint folder with fast weights")
-    parser.add_argument("--model", default="smollm2-135m", help="its base (default: %(default)s)")
-    parser.add_argument("--benchmark", default="benchmark_v1.json", help="whose level-1 conversations are looked into (default: %(default)s)")
-    parser.add_argument("--lang", default="en", choices=benchmark_file.LANGS)
-    parser.add_argument("--samples", type=int, default=10, help="conversations, from the first on (default: %(default)s)")
-    parser.add_argument("--text", type=Path, help="a text file to read along (default: the benchmark's first level-3 conversation with its distractor)")
-    parser.add_argument("--tokens", type=int, default=1024, help="of that text (default: %(default)s)")
-    parser.add_argument("--piece", type=int, default=64, help="tokens of a piece, for an arm whose whole text is one chunk (default: %(default)s)")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the result")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    arm = parser.add_argument_group("what is looked into")
+    arm.add_argument("--adapter", help="checkpoint folder with fast weights (default: the model's untrained start)")
+    arm.add_argument("--model", default="smollm2-135m", help="its base (default: %(default)s)")
+    arm.add_argument("--form", default="codes", choices=("codes", "plain"), help="of an untrained start (default: %(default)s)")
+    arm.add_argument("--chunk", help="of an untrained start: tokens per chunk, or whole (default: the row's)")
+    text = parser.add_argument_group("what it reads")
+    text.add_argument("--benchmark", default="benchmark_v1.json", help="file that conversations come from (default: %(default)s)")
+    text.add_argument("--lang", default="en", choices=benchmark_file.LANGS)
+    text.add_argument("--samples", default="16", help=f"how many level-1 conversations, from the first on, or names of samples with a comma between, "
+                                                      f"{BUILT_IN} among them; 0: none, so parts 1 and 2 alone (default: %(default)s)")
+    text.add_argument("--ablate", type=int, default=4, help="conversations, from the first on, whose memories are taken apart layer by layer, the costly part (default: %(default)s)")
+    text.add_argument("--scale", type=int, default=4, help="conversations, from the first on, whose memories, and noise of their norm, are scaled (default: %(default)s)")
+    text.add_argument("--text", help=f"read along: {BUILT_IN}, the id of a sample, or a text file (default: the first conversation with prose behind it)")
+    text.add_argument("--tokens", type=int, default=2048, help="of that text (default: %(default)s)")
+    text.add_argument("--piece", type=int, default=64, help="tokens of a piece, for an arm whose whole text is one chunk (default: %(default)s)")
+    text.add_argument("--streamed", type=int, default=160, help="tokens of that text that are read once more one a call, and checked (default: %(default)s)")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--out", required=True, type=Path, help="folder of the result")
+    how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    for name in ("samples", "tokens", "piece"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: use 1 or more")
+    for name, least in {"tokens": 1, "piece": 1, "streamed": 1, "ablate": 0, "scale": 0}.items():
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} {getattr(arguments, name)}: use {least} or more")
     return arguments
 
 
-def long_text(arguments, bench: dict) -> str:
-    """What is read along."""
-    if arguments.text is not None:
-        try:
-            return arguments.text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text {arguments.text}: cannot be read as UTF-8 text ({type(error).__name__}); name another file") from error
-    found = [s for s in benchmark_file.select_samples(bench, (3,), (arguments.lang,), 1) if s["distractor"]]
-    if not found:
-        raise UserError(f"--benchmark {arguments.benchmark}: no {arguments.lang} sample of level 3 to read along; give a --text")
-    return prompts.with_distractor(found[0])
+def read_text(arguments, loaded, ttt, text: str) -> tuple[list[int], Along, Along]:
+    """(the tokens of the streamed part, the text read piece by piece, that part read one token a call)."""
+    ids = prompts.written_ids(loaded.tokenizer, text)[:arguments.tokens]
+    check_window(loaded.model, len(ids), f"--tokens {arguments.tokens}")
+    few = ids[:arguments.streamed]
+    try:
+        return few, adaptation.along(loaded, ttt, ids, arguments.piece), adaptation.along(loaded, ttt, few, arguments.piece, streaming=True)
+    except ValueError as error:
+        raise UserError(f"--tokens {arguments.tokens} --streamed {arguments.streamed}: {error}") from error
 
 
 def main() -> None:
     arguments = parse_arguments()
     bench = benchmark_file.load_benchmark(arguments.benchmark)
-    samples = benchmark_file.select_samples(bench, (1,), (arguments.lang,), arguments.samples)
-    if not samples:
-        raise UserError(f"--benchmark {arguments.benchmark}: no {arguments.lang} sample of level 1; choose another language or file")
-    text = long_text(arguments, bench)
+    samples = choose_samples(bench, arguments.samples, arguments.lang, arguments.benchmark)
+    text, name = choose_text(bench, arguments.text, arguments.lang, arguments.benchmark)
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, find_row(arguments.model))
     loaded = load_model(arguments.model, device, dtype)
-    ttt, manifest = load_adapter(arguments.adapter, loaded)
-    try:
-        read = adaptation.along(loaded, ttt, prompts.written_ids(loaded.tokenizer, text)[:arguments.tokens], arguments.piece)
-    except ValueError as error:
-        raise UserError(f"--tokens {arguments.tokens}: {error}") from error
-    found, drawn = measure(loaded, ttt, samples)
-    curve = adaptation.summary(read)
-    text = words(found, manifest["arm"], loaded.row.name) + "\n" + adaptation.words(curve, manifest["arm"], ttt.config.rule)
+    ttt, arm = attach(loaded, arguments.adapter, arguments.form, arguments.chunk)
+    few, read, streamed = read_text(arguments, loaded, ttt, text)
+    checks = state_checks.run(loaded, ttt, few, read, streamed)
+    found, drawn = inside.measure(loaded, ttt, samples, arguments.ablate) if samples else (None, [])
+    what = {"text": name, "along": adaptation.summary(read), "streamed": adaptation.summary(streamed), "checks": checks,
+            "verdict": state_checks.verdict(state_checks.moves(read), read.parameters), "memory": found,
+            "scaled": inside.scaled(loaded, ttt, samples[:arguments.scale]) if samples[:arguments.scale] else None}
+    written = report_text(arm, loaded, ttt.config.rule, what)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "report.json", {"arm": manifest["arm"], "model": loaded.row.name, "lang": arguments.lang, **found, "along": {"text": str(arguments.text or arguments.benchmark), **curve},
-                                               "benchmark": {"file": arguments.benchmark, "sha256": benchmark_file.sha256_of(arguments.benchmark)},
-                                               "seed": manifest["seed"], "device": reason, **provenance()})
-    (arguments.out / "report.md").write_text(text, encoding="utf-8")
-    draw_found(drawn, drawn[0][0].memory.layers[ttt.config.layers[0]].sizes, arguments.out / "found.png")
-    draw_layers(found, arguments.out / "layers.png")
-    adaptation.draw(read, arguments.out / "along.png")
-    print(text + f"Report and figures: {arguments.out}")
+    inside_figures.draw_all(arguments.out, found, drawn, read, streamed, what["scaled"], arm)
+    save_positions(read, arguments.out / "along.npz")
+    source = {"file": arguments.benchmark, "sha256": benchmark_file.sha256_of(arguments.benchmark)}
+    write_json(arguments.out / "report.json", {"arm": arm, "model": loaded.row.name, "lang": arguments.lang, **what, "checks": [check._asdict() for check in checks],
+                                               "benchmark": source, "device": reason, **provenance()})
+    part = arguments.out / "report.md.part"
+    part.write_text(written, encoding="utf-8")
+    os.replace(part, arguments.out / "report.md")
+    print(written + f"\nReport and figures: {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,15 @@ def draw_all(report, curves, folder):
                 path.unlink(missing_ok=True)
                 notes.append(f"{path.name} is not made: {reasons[name]}.")
                 continue
-            temporary = path.with_name(path.name + ".tmp")
-            figure.savefig(temporary, dpi=DPI, format="png")
-            os.replace(temporary, path)
+            save(figure, path)
     return notes
+
+
+def save(figure, path):
+    """A PNG at that path, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=DPI, format="png")
+    os.replace(temporary, path)
 
 
 # --- panels ---------------------------------------------------------------------------------------------------
@@ -277,17 +282,22 @@ def em_by_scale(report):
     figure, axes = grid(panels, 5.2, [2.8] * len(panels), "Level 1 against the size of the update, mean over the TTT layers\n(bars: 95% bootstrap over conversations)")
     for ax, (arm, lang) in zip(axes, panels):
         drawn = lines[arm["model"], arm["arm"], lang]
-        for index, (what, cells) in enumerate(drawn.items()):
-            sizes, style = [cell["update_norm"] for cell in cells], {"color": COLORS[index], "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
-            ax.errorbar(sizes, [cell["em"] for cell in cells], error_bars(cells), capsize=2, label=f"{what}: right", **style)
-            ax.plot(sizes, [cell["degenerate"] for cell in cells], linestyle=":", label=f"{what}: empty or stuck", **style)
-        em_axis(ax)
-        ax.set_ylabel("share of answers")
-        ax.set_xscale("log")
-        ax.set_xlabel("|dW| / |W_down|")
+        scale_panel(ax, drawn)
         ax.set_title(panel_title(arm, lang, f"n = {span([cell['n'] for cells in drawn.values() for cell in cells])}"))
     shared_legend(figure, axes, key=None, ncols=2)
     return figure
+
+
+def scale_panel(ax, drawn):
+    """One panel of em_by_scale; drawn: {what is scaled: cells by growing size}, a cell with update_norm, em, em_ci and degenerate."""
+    for index, (what, cells) in enumerate(drawn.items()):
+        sizes, style = [cell["update_norm"] for cell in cells], {"color": COLORS[index], "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
+        ax.errorbar(sizes, [cell["em"] for cell in cells], error_bars(cells), capsize=2, label=f"{what}: right", **style)
+        ax.plot(sizes, [cell["degenerate"] for cell in cells], linestyle=":", label=f"{what}: empty or stuck", **style)
+    em_axis(ax)
+    ax.set_ylabel("share of answers")
+    ax.set_xscale("log")
+    ax.set_xlabel("|dW| / |W_down|")
 
 
 def scaled_lines(arm, lang):
