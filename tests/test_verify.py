@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,12 +16,8 @@ import benchmark_file
 import conditions
 import evaluate
 import results_files
-import run_experiment
-from manifests import UserError, read_manifest, write_manifest
+from manifests import UserError, read_manifest
 from memory import Memory, MemoryFileError
-from model_utils import load_model
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +124,7 @@ def test_a_killed_run_leaves_no_lock_and_loses_no_row(kit, call, straight, tmp_p
     code = ("import os, signal, results_files\nadd, n = results_files.Rows.add, [0]\n"
             "def dying(self, rows):\n    n[0] += 1\n    add(self, rows)\n"
             "    if n[0] == 4:\n        self.file.write(b'{\"half'); self.file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "results_files.Rows.add = dying\n" + SHORT.replace("import ", "import ", 1))
+            "results_files.Rows.add = dying\n" + SHORT)
     argv = argv_of(kit, tmp_path / "out", "--batch-size", "4")
     assert subprocess.run([sys.executable, "-c", code, *argv[1:]], cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     before = (tmp_path / "out/predictions.jsonl").read_bytes()
