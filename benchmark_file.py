@@ -121,7 +121,7 @@ def _parse(path):
         raise BenchmarkError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     try:
         return json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise BenchmarkError(f"{path}: not JSON ({where}); the file may be cut short, write it again") from None
 

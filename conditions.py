@@ -204,7 +204,8 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, new_t
     # every sample asks `width` questions; one with fewer repeats its last, and the repeats are dropped
     asked = [probes + [probes[-1]] * (job.width - len(probes)) for probes in job.probes]
     tails = [texts.asked(lang, probe["question"]) for probes in asked for probe in probes]
-    predictions, _ = answers_to(model, tokenizer, tails, new_tokens or MAX_NEW_TOKENS, past, ttt, memory, early_stop=early_stop)
+    predictions, logits_NV = answers_to(model, tokenizer, tails, new_tokens or MAX_NEW_TOKENS, past, ttt, memory, early_stop=early_stop)
+    check_finite(loaded, job, logits_NV)
     norms, sizes = (memory.update_norm().tolist(), memory.row_nbytes().tolist()) if memory else (None, None)
     rows = []
     for i, (sample, probes) in enumerate(zip(job.samples, job.probes)):
@@ -213,6 +214,16 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, texts: Texts, new_t
             k = i * job.width + j
             rows.append(row(job.condition, sample, probe, predictions[k], before[i] + len(tails[k]), wrote))
     return rows
+
+
+def check_finite(loaded: Loaded, job: Job, logits_NV: torch.Tensor) -> None:
+    """UserError where a question's first logits are no numbers: the greedy choice among them would be a token like any other."""
+    broken_N = ~torch.isfinite(logits_NV).all(-1)
+    if broken_N.any():
+        sample = job.samples[int(broken_N.nonzero()[0]) // job.width]
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        raise UserError(f"{sample['sample_id']} {job.condition.name}: {loaded.row.name} in {dtype} answers with NaN or infinity; use --dtype "
+                        "float32, or an adapter whose training did not diverge")
 
 
 def row(condition: Condition, sample: dict, probe: dict, prediction: str, prompt_tokens: int, wrote) -> dict:

@@ -2,6 +2,7 @@
 
     python evaluate.py                          scores every results/*/run.json with its predictions.jsonl
     python evaluate.py results/a --out /elsewhere   scores the runs named and leaves RESULTS.md alone
+    python evaluate.py --verify [RUN ...]       checks every run and checkpoint against its manifest; exit code 1 where one fails
 
 Needs no torch. The scorer (normalize, exact_match, contains, f1) may be imported.
 """
@@ -24,6 +25,7 @@ from benchmark_dialogue import person_names
 from intervals import PAIRS, POOLED, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
 from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
                            load_run, parse_object, read_text)
+from verify_files import verify
 
 EXAMPLES_RIGHT, EXAMPLES_WRONG = 3, 5   # answers shown of every arm and language
 CODE = re.compile(r"[A-Z]+-?\d+|\d+[A-Z]+")
@@ -291,6 +293,7 @@ def parse_arguments(arguments):
                        "(default: RESULTS.md)")
     group.add_argument("--block", default="report", help="name in that block's marks (default: %(default)s)")
     group.add_argument("--quiet", action="store_true", help="do not print the tables; errors are printed all the same")
+    parser.add_argument("--verify", action="store_true", help="check hashes and rows of the runs and of checkpoints/ instead, and print each file")
     group = parser.add_argument_group("how it is scored")
     group.add_argument("--allow-incomplete", action="store_true", help="score unfinished runs too, marked as partial")
     group.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples (default: %(default)s)")
@@ -340,6 +343,10 @@ def everything(args):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
+    if args.verify:
+        lines, well = verify([Path(run) for run in args.runs])
+        print("\n".join(lines))
+        return 0 if well else 1
     try:
         everything(args)
     except ResultsError as error:

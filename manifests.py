@@ -77,9 +77,11 @@ def read_manifest(folder) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a manifest ({type(error).__name__}: {error}); train again or restore the file") from error
     for name, sha in files.items():
+        if name.startswith("/") or "\0" in name or ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: names the file {ascii(name)[:80]}, which is not in its folder; do not use this adapter")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, though manifest.json lists it; restore the file or train again")
         if file_sha256(folder / name) != sha:

@@ -2,8 +2,13 @@
 
 Every defect raises an error of one line that names the file, the line or field, and the mend.
 """
+import fcntl
+import hashlib
 import json
+import os
+import sys
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import benchmark_file
@@ -41,6 +46,89 @@ class ResultsError(ValueError):
     """Results that cannot be scored; the message is one line."""
 
 
+# ---- what keeps a folder's rows ----
+
+SUMS = "predictions.sums"  # of a run under way: a line for each block of rows, "bytes of the file up to its end, their SHA-256"
+
+
+@contextmanager
+def only_run(out):
+    """Hold a results folder; UserError while another process holds it. The lock is the kernel's and ends with the process, killed or not."""
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{out}: another run is writing into it now; wait until it ends, or name another --out") from None
+    finally:
+        os.close(handle)
+
+
+def check_sums(folder, run):
+    """The bytes of predictions.jsonl that are vouched for, None where the folder keeps no hash of them.
+
+    A finished run's run.json has the file's SHA-256. One under way has SUMS, in which a block's line stands before its rows do: a kill leaves
+    rows that are cut, which are not counted. UserError for bytes that are not those that were written.
+    """
+    path, sums = folder / "predictions.jsonl", folder / SUMS
+    mend = f"restore {path}, or remove {folder} and run again"
+    rows = path.read_bytes()
+    if run.get("complete") and "rows_sha256" in run:
+        if hashlib.sha256(rows).hexdigest() != run["rows_sha256"]:
+            raise UserError(f"{path}: cut short or changed (its SHA-256 is not that in run.json); {mend}")
+        return len(rows)
+    if not sums.is_file():
+        return None
+    seen, end = hashlib.sha256(), 0
+    for line in sums.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        size, _, sha = line.partition(" ")
+        if not size.isdecimal() or int(size) < end:
+            raise UserError(f"{sums}: changed ({line[:80]!r} is no line of it); {mend}")
+        if int(size) > len(rows):
+            break
+        seen.update(rows[end:int(size)])
+        if seen.hexdigest() != sha:
+            first = rows[:end].count(b"\n") + 1
+            raise UserError(f"{path}: changed in the rows from line {first} on (their SHA-256 is not that in {SUMS}); {mend}")
+        end = int(size)
+    return end
+
+
+class Rows:
+    """predictions.jsonl of a run under way, appended to block by block as a context, and its sums, which are there from the beginning."""
+
+    def __init__(self, out):
+        path, sums = out / "predictions.jsonl", out / SUMS
+        self.hash = hashlib.sha256(path.read_bytes() if path.exists() else b"")
+        self.size = path.stat().st_size if path.exists() else 0
+        part = Path(f"{sums}.part")
+        part.write_text(self._line() if self.size else "", encoding="utf-8")
+        os.replace(part, sums)
+        self.paths = path, sums
+
+    def _line(self):
+        return f"{self.size} {self.hash.hexdigest()}\n"
+
+    def add(self, rows):
+        """Append rows as one block; its sum goes to the disk first."""
+        block = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode("utf-8")
+        self.hash.update(block)
+        self.size += len(block)
+        self.sums.write(self._line().encode("utf-8"))
+        self.sums.flush()
+        self.file.write(block)
+        self.file.flush()
+
+    def __enter__(self):
+        self.file, self.sums = (path.open("ab") for path in self.paths)
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.sums.close()
+
+
 def open_folder(out, resume, mine):
     """Check the results folder; returns the (condition, sample, probe) it already answers, and its run.json."""
     rows_file, run_file = out / "predictions.jsonl", out / "run.json"
@@ -54,10 +142,12 @@ def open_folder(out, resume, mine):
         if earlier.get("identity", {}).get(name) != value:
             raise UserError(f"{out}: its results come from another {name.removesuffix('_sha256')} "
                             f"({str(earlier.get('identity', {}).get(name))[:12]}, now {str(value)[:12]}); name another --out")
-    text = rows_file.read_bytes()
-    if not text.endswith(b"\n"):  # a row cut short by a kill: it was never whole, so it is asked again
-        text = text[:text.rfind(b"\n") + 1]
-        rows_file.write_bytes(text)
+    vouched, text = check_sums(out, earlier), rows_file.read_bytes()
+    if vouched is None:
+        print(f"{rows_file}: no hash of its rows was kept, so they are gone on with unchecked", file=sys.stderr)
+    if vouched not in (None, len(text)) or not text.endswith(b"\n"):  # rows cut short by a kill: never whole, so they are asked again
+        text = text[:text.rfind(b"\n") + 1 if vouched is None else vouched]
+        os.truncate(rows_file, len(text))
     rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line]
     return {(r["condition"], r["sample_id"], r["probe_id"]) for r in rows}, earlier
 
@@ -90,7 +180,7 @@ def parse_object(text, where, fields, mend):
     """A JSON object that has all the fields with the right types."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{where}: not JSON ({error}); {mend}") from None
     if type(value) is not dict:
         raise ResultsError(f"{where}: not a JSON object; {mend}")
@@ -129,6 +219,10 @@ def load_run(folder, allow_incomplete):
     if not run["complete"] and not allow_incomplete:
         raise ResultsError(f"{path}: field 'complete' is false, the run was not finished; finish it with "
                            "run_experiment.py --resume, or pass --allow-incomplete to score it as partial")
+    try:
+        check_sums(folder, run)
+    except (UserError, OSError) as error:
+        raise ResultsError(str(error) if isinstance(error, UserError) else f"{predictions}: {error.strerror}; {mend}") from None
     rows = [row | {"seed": run["seed"], "where": where} for where, row in read_lines(predictions, ROW_FIELDS, mend)]
     check_rows(rows, run, predictions, mend)
     return run | {"name": folder.resolve().name, "path": path, "predictions": rows}

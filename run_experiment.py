@@ -8,12 +8,15 @@ everything needed to repeat the run. An interrupted run goes on with --resume.
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import platform
+import signal
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import benchmark_file
@@ -22,7 +25,7 @@ from decoding import kv_bytes_per_token
 from halving import in_halves
 from manifests import UserError, file_sha256, provenance, read_manifest, run_script, write_json
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
-from results_files import MEMORYLESS, open_folder
+from results_files import MEMORYLESS, SUMS, Rows, only_run, open_folder
 
 DEFAULT_CONDITIONS = "A_context,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 
@@ -82,11 +85,28 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--batch-size", type=int, default=64, help="probes per batch (default: %(default)s)")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    how.add_argument("--deterministic", action="store_true", help="only kernels that give the same bytes every time (default: the fastest ones)")
     return parser.parse_args()
+
+
+def be_deterministic() -> None:
+    """Same seed, machine and number of threads, same bytes: torch refuses kernels that may differ, cuBLAS takes a fixed workspace."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first CUDA context is made
+    torch.use_deterministic_algorithms(True)
+
+
+def hardware(device: str) -> dict:
+    """Where a run ran: what its bytes may depend on."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {"gpu": gpu, "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
 def main() -> None:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    if arguments.deterministic:
+        be_deterministic()
     started = time.time()
     row_ = find_row(arguments.model)
     levels = parse_list(arguments.levels, benchmark_file.LEVELS, "--levels")
@@ -123,38 +143,43 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     out = Path(arguments.out or f"results/{arm}")
     sha = lambda m: m and next(iter(m["files"].values()), None)
     mine = identity(arguments, loaded, file_sha256(arguments.benchmark), sha(manifest) or None, sha(tuned))
-    done, earlier = open_folder(out, arguments.resume, mine)
-    together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
-    report = {"arm": arm, "model": loaded.row.name, "model_sha256": loaded.sha256, "model_source": loaded.source,
-              "frozen": manifest.get("frozen", True), "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"),
-              "snapshot_of": manifest.get("snapshot_of"), "conversations_seen": manifest.get("conversations_seen"),
-              "base_parameters": base_parameters, "kv_bytes_per_token": kv_bytes_per_token(loaded.model),
-              "adapter": arguments.adapter, "adapter_sha256": mine["adapter_sha256"],
-              "tuned_adapter": arguments.tuned_adapter, "tuned_adapter_sha256": mine["tuned_adapter_sha256"],
-              "benchmark": {"file": arguments.benchmark, "sha256": mine["benchmark_sha256"]},
-              "conditions": together("conditions", [c.name for c in conditions]),
-              "levels": together("levels", levels), "langs": together("langs", langs), "limit": widest(earlier, arguments.limit),
-              **provenance(), "device": reason.split(",")[0], "dtype": arguments.dtype, "batch_size": arguments.batch_size,
-              "ttt": manifest.get("ttt"), "identity": mine, "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
-    write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})
-    try:
-        rows = ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, out)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}"
-              f"{'' if arguments.resume else ' --resume'}", file=sys.stderr)
-        sys.exit(130)
-    write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "complete": True, "rows": rows})
-    print(f"{rows} rows in {out}; next: python evaluate.py {out}")
+    with only_run(out):
+        done, earlier = open_folder(out, arguments.resume, mine)
+        together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
+        report = {"arm": arm, "model": loaded.row.name, "model_sha256": loaded.sha256, "model_source": loaded.source,
+                  "frozen": manifest.get("frozen", True), "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"),
+                  "snapshot_of": manifest.get("snapshot_of"), "conversations_seen": manifest.get("conversations_seen"),
+                  "base_parameters": base_parameters, "kv_bytes_per_token": kv_bytes_per_token(loaded.model),
+                  "adapter": arguments.adapter, "adapter_sha256": mine["adapter_sha256"],
+                  "tuned_adapter": arguments.tuned_adapter, "tuned_adapter_sha256": mine["tuned_adapter_sha256"],
+                  "benchmark": {"file": arguments.benchmark, "sha256": mine["benchmark_sha256"]},
+                  "conditions": together("conditions", [c.name for c in conditions]),
+                  "levels": together("levels", levels), "langs": together("langs", langs), "limit": widest(earlier, arguments.limit),
+                  **provenance(), "hardware": hardware(loaded.device.type), "device": reason.split(",")[0],
+                  "dtype": arguments.dtype, "batch_size": arguments.batch_size,
+                  "ttt": manifest.get("ttt"), "identity": mine, "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
+        rows_file = Rows(out)  # before run.json loses the hash of a finished run
+        write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})
+        try:
+            rows = ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}"
+                  f"{'' if arguments.resume else ' --resume'}", file=sys.stderr)
+            sys.exit(130)
+        ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "ended": ended, "complete": True, "rows": rows,
+                                               "rows_sha256": rows_file.hash.hexdigest()})
+        (out / SUMS).unlink()
+        print(f"{rows} rows in {out}; next: python evaluate.py {out}")
 
 
-def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, done, out: Path) -> int:
+def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, done, rows_file: Rows) -> int:
     """All jobs, the base's first and the LoRA's last; returns the number of rows in the file."""
     jobs = plan(conditions, samples, done, texts, arguments.batch_size)
     count = len(done)
     # the bar counts tokens to run, not probes: a long text costs more than a short one
     cost = lambda job: sum(text_length(job.condition, s, texts) for s in job.samples) + 60 * sum(map(len, job.probes))
-    with (out / "predictions.jsonl").open("a", encoding="utf-8") as file, \
-            tqdm(total=sum(map(cost, jobs)), unit="tok", unit_scale=True, smoothing=0.1, desc="answering") as bar:
+    with rows_file, tqdm(total=sum(map(cost, jobs)), unit="tok", unit_scale=True, smoothing=0.1, desc="answering") as bar:
         for tuned in (False, True):
             mine = [job for job in jobs if job.condition.tuned == tuned]
             if tuned and mine:
@@ -162,8 +187,7 @@ def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, do
                     ttt.detach()
                 load_lora(arguments.tuned_adapter, loaded)
             for job, rows in in_halves(mine, lambda job: answer(loaded, ttt, job, texts), bar):
-                file.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
-                file.flush()
+                rows_file.add(rows)
                 count += len(rows)
                 bar.update(cost(job))
     return count
