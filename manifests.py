@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ class UserError(Exception):
 
 
 def run_script(main) -> None:
-    """Run a script's main(); a UserError, or a path or disk that refuses, becomes one line on stderr and exit code 2."""
+    """Run a script's main(); a UserError, or a path or disk that refuses, becomes one line on stderr and exit code 2. SIGTERM is taken as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that ends a job wants its state kept, as a person does
     try:
         main()
     except UserError as error:

@@ -319,7 +319,8 @@ class Memory:
             raise MemoryFileError(f"{path}: no such memory file; write one with Memory.save")
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
-                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                # cloned: tensors out of a file lie at any address, and at some of them kernels round otherwise
+                tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
             raise MemoryFileError(f"{path}: not a whole safetensors file ({error}); write the memory again") from error
         if "digest" in metadata and "sizes" not in metadata:

@@ -22,7 +22,7 @@ from evaluate import write_text
 from intervals import Bootstrap, interval
 from manifests import write_json
 from report_tables import around_block, with_interval
-from results_files import ResultsError, parse_object, read_lines, read_text
+from results_files import ResultsError, check_sums, parse_object, read_lines, read_text
 from run_long import MODES
 
 RUN_FIELDS = {"arm": (str,), "model": (str,), "modes": (list,), "tasks": (list,), "lengths": (list,), "left_out": (list,), "commit": (str,),
@@ -41,6 +41,7 @@ def load(folder: Path) -> dict:
     run = parse_object(read_text(folder / "run.json", mend), folder / "run.json", RUN_FIELDS, mend)
     if not run["complete"]:
         raise ResultsError(f"{folder / 'run.json'}: the run was not finished; finish it with run_long.py --resume")
+    check_sums(folder, run)
     rows: dict[str, dict] = defaultdict(dict)
     for where, row in read_lines(folder / "predictions.jsonl", ROW_FIELDS, mend):
         if row["condition"] not in MODES:

@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections import defaultdict
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import benchmark_file
-from manifests import UserError
+from manifests import UserError, write_json
 
 RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (str,), "seed": (int, type(None)),
               "adapter": (str, type(None)), "benchmark": (dict,), "conditions": (list,), "levels": (list,),
@@ -42,8 +44,8 @@ CURVES = (("conversations in one memory", 1, (("1", "B_memory"), ("2", "B_merged
 MEMORYLESS = ("A_context", "A_distractor", "A_tuned", "C_nothing")  # answers that do not depend on the fast weights
 
 
-class ResultsError(ValueError):
-    """Results that cannot be scored; the message is one line."""
+class ResultsError(UserError):
+    """Results that cannot be scored or gone on with; the message is one line."""
 
 
 # ---- what keeps a folder's rows ----
@@ -69,14 +71,17 @@ def check_sums(folder, run):
     """The bytes of predictions.jsonl that are vouched for, None where the folder keeps no hash of them.
 
     A finished run's run.json has the file's SHA-256. One under way has SUMS, in which a block's line stands before its rows do: a kill leaves
-    rows that are cut, which are not counted. UserError for bytes that are not those that were written.
+    rows that are cut, which are not counted. ResultsError for bytes that are not those that were written.
     """
     path, sums = folder / "predictions.jsonl", folder / SUMS
     mend = f"restore {path}, or remove {folder} and run again"
-    rows = path.read_bytes()
+    try:
+        rows = path.read_bytes()
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}; {mend}") from None
     if run.get("complete") and "rows_sha256" in run:
         if hashlib.sha256(rows).hexdigest() != run["rows_sha256"]:
-            raise UserError(f"{path}: cut short or changed (its SHA-256 is not that in run.json); {mend}")
+            raise ResultsError(f"{path}: cut short or changed (its SHA-256 is not that in run.json); {mend}")
         return len(rows)
     if not sums.is_file():
         return None
@@ -84,13 +89,13 @@ def check_sums(folder, run):
     for line in sums.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         size, _, sha = line.partition(" ")
         if not size.isdecimal() or int(size) < end:
-            raise UserError(f"{sums}: changed ({line[:80]!r} is no line of it); {mend}")
+            raise ResultsError(f"{sums}: changed ({line[:80]!r} is no line of it); {mend}")
         if int(size) > len(rows):
             break
         seen.update(rows[end:int(size)])
         if seen.hexdigest() != sha:
             first = rows[:end].count(b"\n") + 1
-            raise UserError(f"{path}: changed in the rows from line {first} on (their SHA-256 is not that in {SUMS}); {mend}")
+            raise ResultsError(f"{path}: changed in the rows from line {first} on (their SHA-256 is not that in {SUMS}); {mend}")
         end = int(size)
     return end
 
@@ -127,6 +132,26 @@ class Rows:
     def __exit__(self, *error):
         self.file.close()
         self.sums.close()
+
+
+def ask_into(out, report, done, resumed, started, ask):
+    """Keep in a folder the rows of ask(rows_file), which returns how many it added; returns how many there are with the `done` before.
+
+    run.json (`report`) is written before and after; started: seconds since the epoch. Ctrl-C, and what is taken for it, ends the process with the
+    command that goes on; resumed: that command has its --resume already.
+    """
+    rows_file = Rows(out)  # before run.json loses the hash of a finished run
+    write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": done})
+    try:
+        count = done + ask(rows_file)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if resumed else ' --resume'}", file=sys.stderr)
+        sys.exit(130)
+    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "ended": ended, "complete": True, "rows": count,
+                                           "rows_sha256": rows_file.hash.hexdigest()})
+    (out / SUMS).unlink()
+    return count
 
 
 def open_folder(out, resume, mine):
@@ -219,10 +244,7 @@ def load_run(folder, allow_incomplete):
     if not run["complete"] and not allow_incomplete:
         raise ResultsError(f"{path}: field 'complete' is false, the run was not finished; finish it with "
                            "run_experiment.py --resume, or pass --allow-incomplete to score it as partial")
-    try:
-        check_sums(folder, run)
-    except (UserError, OSError) as error:
-        raise ResultsError(str(error) if isinstance(error, UserError) else f"{predictions}: {error.strerror}; {mend}") from None
+    check_sums(folder, run)
     rows = [row | {"seed": run["seed"], "where": where} for where, row in read_lines(predictions, ROW_FIELDS, mend)]
     check_rows(rows, run, predictions, mend)
     return run | {"name": folder.resolve().name, "path": path, "predictions": rows}

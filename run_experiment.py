@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,9 +21,9 @@ import benchmark_file
 from conditions import CONDITIONS, Condition, Texts, answer, check_lengths, plan, text_length
 from decoding import kv_bytes_per_token
 from halving import in_halves
-from manifests import UserError, file_sha256, provenance, read_manifest, run_script, write_json
+from manifests import UserError, file_sha256, provenance, read_manifest, run_script
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
-from results_files import MEMORYLESS, SUMS, Rows, only_run, open_folder
+from results_files import MEMORYLESS, Rows, ask_into, only_run, open_folder
 
 DEFAULT_CONDITIONS = "A_context,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 
@@ -104,7 +102,6 @@ def hardware(device: str) -> dict:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     if arguments.deterministic:
         be_deterministic()
     started = time.time()
@@ -158,25 +155,15 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
                   **provenance(), "hardware": hardware(loaded.device.type), "device": reason.split(",")[0],
                   "dtype": arguments.dtype, "batch_size": arguments.batch_size,
                   "ttt": manifest.get("ttt"), "identity": mine, "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
-        rows_file = Rows(out)  # before run.json loses the hash of a finished run
-        write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})
-        try:
-            rows = ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}"
-                  f"{'' if arguments.resume else ' --resume'}", file=sys.stderr)
-            sys.exit(130)
-        ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "ended": ended, "complete": True, "rows": rows,
-                                               "rows_sha256": rows_file.hash.hexdigest()})
-        (out / SUMS).unlink()
+        rows = ask_into(out, report, len(done), arguments.resume, started,
+                        lambda rows_file: ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file))
         print(f"{rows} rows in {out}; next: python evaluate.py {out}")
 
 
 def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, done, rows_file: Rows) -> int:
-    """All jobs, the base's first and the LoRA's last; returns the number of rows in the file."""
+    """All jobs, the base's first and the LoRA's last; returns how many rows were added."""
     jobs = plan(conditions, samples, done, texts, arguments.batch_size)
-    count = len(done)
+    count = 0
     # the bar counts tokens to run, not probes: a long text costs more than a short one
     cost = lambda job: sum(text_length(job.condition, s, texts) for s in job.samples) + 60 * sum(map(len, job.probes))
     with rows_file, tqdm(total=sum(map(cost, jobs)), unit="tok", unit_scale=True, smoothing=0.1, desc="answering") as bar:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -31,10 +29,10 @@ from decoding import answers_to, greedy, prefill, write_rows
 from halving import in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
-from manifests import UserError, provenance, run_script, write_json
+from manifests import UserError, provenance, run_script
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from prompts import encode, start_ids, written_ids
-from results_files import open_folder
+from results_files import Rows, ask_into, only_run, open_folder
 
 MODES = ("in_context", "ttt_paper", "ttt_strict")
 
@@ -192,32 +190,26 @@ def main() -> None:
     out = Path(arguments.out or f"results/long/{arm}")
     mine = {"model_sha256": loaded.sha256, "adapter_sha256": next(iter(manifest["files"].values())) if manifest else None,
             "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
-    done, earlier = open_folder(out, arguments.resume, mine)
-    together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
-    report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"), "adapter": arguments.adapter,
-              "chunk": manifest["ttt"]["chunk"] if manifest else None, "modes": together("modes", arguments.modes),
-              "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
-              "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
-              "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
-              "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
-    write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": len(done)})
-    try:
-        rows = len(done) + ask(loaded, ttt, plan(items, arguments.modes, done, arguments.batch_tokens), out)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if arguments.resume else ' --resume'}", file=sys.stderr)
-        sys.exit(130)
-    write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "complete": True, "rows": rows})
+    with only_run(out):
+        done, earlier = open_folder(out, arguments.resume, mine)
+        together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
+        report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"), "adapter": arguments.adapter,
+                  "chunk": manifest["ttt"]["chunk"] if manifest else None, "modes": together("modes", arguments.modes),
+                  "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
+                  "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
+                  "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
+                  "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
+        jobs = plan(items, arguments.modes, done, arguments.batch_tokens)
+        rows = ask_into(out, report, len(done), arguments.resume, started, lambda rows_file: ask(loaded, ttt, jobs, rows_file))
     print(f"{rows} rows in {out}; next: python report_long.py {out}")
 
 
-def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], out: Path) -> int:
-    """All jobs; returns the number of rows written."""
+def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], rows_file: Rows) -> int:
+    """All jobs; returns how many rows were added."""
     count = 0
-    with (out / "predictions.jsonl").open("a", encoding="utf-8") as file, \
-            tqdm(total=sum(item.length for job in jobs for item in job.items), unit="tok", unit_scale=True, desc="asking") as bar:
+    with rows_file, tqdm(total=sum(item.length for job in jobs for item in job.items), unit="tok", unit_scale=True, desc="asking") as bar:
         for job, rows in in_halves(jobs, lambda job: answer(loaded, ttt, job), bar):
-            file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-            file.flush()
+            rows_file.add(rows)
             count += len(rows)
             bar.update(sum(item.length for item in job.items))
     return count

@@ -104,10 +104,15 @@ def test_an_answer_may_have_several_lines(long_run, adapter, monkeypatch):
     assert heard == [False] * 3 and all(row["prediction"] == "1. one\n2. two" for row in rows)
 
 
-def test_an_interrupted_run_goes_on(long_run, adapter, tmp_path):
-    whole = long_run("--adapter", adapter)[3]
-    path = tmp_path / "r/predictions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in whole[:3]) + '{"condition": "ttt_str', encoding="utf-8")
+def test_an_interrupted_run_goes_on(long_run, adapter, monkeypatch, tmp_path):
+    whole = long_run("--adapter", adapter, out="whole")[3]
+    calls, answer = iter(range(99)), run_long.answer
+    with monkeypatch.context() as patch:
+        patch.setattr(run_long, "answer", lambda *a: answer(*a) if next(calls) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, err, rows = long_run("--adapter", adapter)
+    assert code == 130 and "--resume" in err and 0 < len(rows) < len(whole)
+    with (tmp_path / "r/predictions.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"condition": "ttt_str')  # a row that a kill cut short
     code, _, err, rows = long_run("--adapter", adapter, "--resume")
     assert code == 0 and {(r["condition"], r["sample_id"]): r["prediction"] for r in rows} == {(r["condition"], r["sample_id"]): r["prediction"] for r in whole}, err
     code, _, err, _ = long_run("--adapter", adapter, "--resume", "--seed", 1)

@@ -100,7 +100,7 @@ def touch_the_base(original):
 def leak_the_past(original):
     """write_rows whose text stays in reach: the next prompt is read behind the cache it left."""
     def write_rows(*arguments, **options):
-        memory, past = original(*arguments, **options)
+        memory, past = original(*arguments, **options | {"dropped": False})
         def heard(model, rows, pad_id, ttt=None, memory=None):
             with reading(ttt, memory) as session:
                 return prefill(model, rows, pad_id, past, session)[1]
