@@ -3,24 +3,21 @@
 check_benchmark returns a Report. A file from elsewhere may lack the fields "span", "subject", "attribute" and "value";
 what cannot be checked without them is counted as skipped, never passed over in silence.
 """
-import functools
 import re
 import string
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 
 from benchmark_dialogue import ALTERNATIVES, TOKEN, Content
 from benchmark_file import CATEGORIES, LANGS, LEVELS
+from template_index import TemplateIndex, asks, flatten, tells_apart
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+|(?<=[。？！])|\n")
 LONGEST_SHARED_RUN = {"en": 3, "zh": 5}   # words, characters: question and statement without names and values
 DISTRACTOR_TOKENS = (2000, 4000)
 TOKENS_PER = {"en": 1.4, "zh": 0.7}       # tokens a word, a character: measured on the passages
-SLOT = re.compile(r"\{[^}]*\}")
 # what a slot of a training template may stand for
-WILDCARD = {"en": r"\S+(?: \S+){0,4}", "zh": r".{1,12}"}
-FEWEST_LITERALS = {"en": 3, "zh": 4}      # words, characters: a template with fewer and no owner fits almost anything
 
 
 class Report:
@@ -282,7 +279,7 @@ def check_bank(samples, content, bank, report):
     """No wording, name or passage of the benchmark comes out of the training bank."""
     for lang in LANGS:
         templates = [(asks(template), flatten(template, lang)) for template in bank.templates(lang)]
-        usable = {template for template in templates if _tells_apart(template[1], lang)}
+        usable = {template for template in templates if tells_apart(template[1], lang)}
         report.skipped[f"{lang} training templates too short to tell apart"] += len(templates) - len(usable)
         _check_own_templates(content, lang, {flat for _, flat in usable}, report)
         own = [sample for sample in samples if sample["lang"] == lang]
@@ -293,60 +290,6 @@ def check_bank(samples, content, bank, report):
             shared = [s for s in SENTENCE_END.split(sample["distractor"] or "") if normalise(s, lang) in known - {""}]
             report.expect("no distractor sentence in the training passages", not shared,
                           f"{sample['sample_id']}: the training passages hold '{(shared or [''])[0][:50]}'")
-
-
-def asks(text):
-    """Whether a template or sentence is a question: "When is Anna's birthday?" is no use of the statement "{v} is {s}'s birthday."."""
-    return text.rstrip(" \"'”’」』").endswith(("?", "？"))
-
-
-def flatten(template, lang):
-    """A template or sentence for comparison: lower case, no punctuation, every slot an underscore."""
-    text = SLOT.sub(" _ " if lang == "en" else "_", template).lower()
-    text = re.sub(r"['’]s\b", " s", text)  # "{s}'s" and "Anna's" are both an owner and an s
-    text = re.sub(r"[^\w\s]", "", text.replace("-", " "))
-    return " ".join(text.split()) if lang == "en" else "".join(text.split())
-
-
-def _tells_apart(flat, lang):
-    literals = _literals(flat, lang)
-    return len(literals) >= (1 if flat.count("_") > 1 else FEWEST_LITERALS[lang]) and bool(literals)
-
-
-def _pieces(flat, lang):
-    """The words of a flattened text, of a Chinese one the characters."""
-    return flat.split() if lang == "en" else list(flat)
-
-
-def _literals(flat, lang):
-    """What a flattened template says beside its slots and the s of "Anna's"; a text that fits has every one of these among its own pieces."""
-    return [piece for piece in _pieces(flat, lang) if piece != "_" and (piece != "s" or lang == "zh")]
-
-
-class TemplateIndex:
-    """Flattened templates, each with a word of its own, to ask whether a flattened text could come out of one of them.
-
-    A template stands under that literal of its own which the fewest templates have. A text is matched with the templates under its
-    pieces alone, and of these only with those whose literals it all holds: a few patterns are tried, not thousands.
-    """
-
-    def __init__(self, templates, lang):
-        self.lang, self.under = lang, defaultdict(list)
-        literals = {template: frozenset(_literals(template, lang)) for template in templates}
-        count = Counter(piece for pieces in literals.values() for piece in pieces)
-        for template, pieces in literals.items():
-            self.under[min(pieces, key=lambda piece: (count[piece], piece))].append((template, pieces))
-
-    def fits(self, text):
-        """Whether the text is one of the templates, with something in every slot."""
-        said = set(_pieces(text, self.lang))
-        return any(pieces <= said and _pattern(template, self.lang).fullmatch(text)
-                   for piece in said for template, pieces in self.under.get(piece, ()))
-
-
-@functools.cache
-def _pattern(template, lang):
-    return re.compile(re.escape(template).replace("_", WILDCARD[lang]))
 
 
 def _check_own_templates(content, lang, bank_templates, report):

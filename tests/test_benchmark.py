@@ -12,9 +12,10 @@ import pytest
 import build_benchmark
 import evaluate
 import training_bank
-from benchmark_checks import WILDCARD, TemplateIndex, check_benchmark, flatten, normalise, shared_run
+from benchmark_checks import check_benchmark, normalise, shared_run
 from benchmark_dialogue import Content
 from benchmark_file import CATEGORIES, BenchmarkError, load_benchmark, select_samples, sha256_of
+from template_index import WILDCARD, TemplateIndex, flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmark_v1.json"
