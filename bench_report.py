@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 matplotlib.use("Agg")
 
@@ -60,5 +61,8 @@ def draw(lines: list[Line], model: str, path: Path) -> None:
         ax.set_yticks(places, [f"{line.case}: {line.way}" for line in some], fontsize=7)
         ax.invert_yaxis()
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # seldom two decades wide: the labels between would overlap
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         ax.set_title(part, fontsize=9)
     figure.savefig(path, dpi=150)

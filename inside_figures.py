@@ -221,7 +221,7 @@ def layers_panels(found: dict) -> Figure:
                   color=matplotlib.colormaps["cividis"](number / max(1, len(spectra) - 1)))
     last.set(title="spectrum of dW, first conversation", ylabel="singular value", xlabel="number", yscale="log")
     shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(spectra), max(spectra)), matplotlib.colormaps["cividis"])
-    figure.colorbar(shades, ax=last, label="layer")
+    figure.colorbar(shades, ax=last, label="layer", ticks=list(spectra)[::max(1, len(spectra) // 6)])
     return figure
 
 
