@@ -20,6 +20,8 @@ from memory import Memory
 
 WARM = 2        # steps of an answer on a GPU before one is captured
 SEGMENT = 1024  # tokens of one forward call while a long text is read; bounds the attention matrix and what a write holds
+# What two orders of the same sums may differ by, relative to the largest value: rounding, grown through the layers.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass

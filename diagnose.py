@@ -28,6 +28,7 @@ import state_checks
 from adaptation import Along
 from decoding import check_window
 from diagnose_input import BUILT_IN, attach, choose_samples, choose_text
+from evaluate import write_text
 from manifests import UserError, provenance, run_script, write_json
 from model_utils import find_row, load_model, pick_device
 from trends import predicts, told
@@ -203,9 +204,7 @@ def main() -> None:
     source = {"file": arguments.benchmark, "sha256": benchmark_file.sha256_of(arguments.benchmark)}
     write_json(arguments.out / "report.json", {"arm": arm, "model": loaded.row.name, "lang": arguments.lang, **what, "checks": [check._asdict() for check in checks],
                                                "benchmark": source, "device": reason, **provenance()})
-    part = arguments.out / "report.md.part"
-    part.write_text(written, encoding="utf-8")
-    os.replace(part, arguments.out / "report.md")
+    write_text(arguments.out / "report.md", written)
     print(written + f"\nReport and figures: {arguments.out}")
 
 

@@ -138,7 +138,7 @@ class LayerMemory:
 
     def ready(self) -> "LayerMemory":
         """The same memory as it is read over and over: codes are few numbers, so they meet in float32, and are cast once for all calls."""
-        return self if self.is_dense or not self.sizes else replace(self, keys=self.keys.to(self.values.dtype))
+        return self if self.is_dense or not self.sizes or self.keys.dtype == self.values.dtype else replace(self, keys=self.keys.to(self.values.dtype))
 
     def to_dense(self) -> "LayerMemory":
         if self.is_dense:

@@ -24,7 +24,7 @@ import benchmark_file
 import decoding
 import prompts
 from arms import base_digest
-from decoding import answers_to, check_window, forward, heard, prefill, write_rows
+from decoding import TOLERANCE, answers_to, check_window, forward, heard, prefill, write_rows
 from evaluate import exact_match
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, read_manifest, run_script
@@ -38,8 +38,6 @@ NEW_TOKENS = 12        # as long as the longest gold answer
 READ_TOKENS = 32       # tokens read one by one, after a whole text, while the memory must not change
 CHUNK = 16             # cuts every conversation many times, and the last chunk is partial
 SWAPPED_EXTRA = 1      # right answers by luck that another conversation's memory may have over none
-# What two orders of the same sums may differ by, relative to the largest value: rounding, grown through the layers.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Outcome(NamedTuple):

@@ -207,8 +207,9 @@ class Writer:
         return share_BLD
 
     def _held(self, index: int) -> Pending:
-        self._parts |= {index: [joined({index: self._parts[index]})[index]]}
-        return self._parts[index][0]
+        held = joined({index: self._parts[index]})[index]
+        self._parts[index] = [held]
+        return held
 
     @property
     def pending(self) -> dict[int, Pending]:

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 
 from adaptation import EMPTY, ROUNDING, Along, change, read_on, state_digest
-from decoding import prefill, write_rows
+from decoding import TOLERANCE, prefill, write_rows
 from in_place_ttt import InPlaceTTT
 from memory import Memory
 from model_utils import Loaded
-
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}  # of two orders of the same sums, relative: rounding, grown through the layers
 
 
 class Check(NamedTuple):
@@ -54,7 +52,7 @@ def state_moves(found: Along) -> Check:
 def run(loaded: Loaded, ttt: InPlaceTTT, ids: list[int], found: Along, streamed: Along) -> list[Check]:
     """All checks. found: what was read along a text; streamed: what was read along `ids` one token a call, of which the other checks take two halves."""
     half, pad_id = len(ids) // 2, loaded.tokenizer.pad_token_id
-    write = lambda tokens, memory=None: write_rows(loaded.model, ttt, [tokens], pad_id, memory)[0]
+    write = lambda tokens, memory=None: write_rows(loaded.model, ttt, [tokens], pad_id, memory, dropped=True)[0]
     first, second = ids[:half], ids[half:]
     return [state_moves(found), handed_on(found), streamed_alike(loaded, found, streamed), *one_pass(loaded, ttt, ids, streamed),
             reset(write, first, second), resumed(write, first, second, TOLERANCE[loaded.model.dtype]), reading_writes_nothing(loaded, ttt, first, write)]
