@@ -76,19 +76,20 @@ def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
     return [Arm(arm, **({"asks": SEED} | (first if seed == numbers[0] else {})), train=train, model=model, seed=seed) for seed in numbers]
 
 
-def joint(arm: str, of: str, numbers, model=()) -> list[Arm]:
-    return [Arm(arm, SEED, (*TRAIN, *JOINT), model, seed, start=of + (f"-seed{seed}" if seed else "")) for seed in numbers]
+def joint(arm: str, starts: dict[int, str], model=()) -> list[Arm]:
+    """Joint arms by seed, each with the row it starts from."""
+    return [Arm(arm, SEED, (*TRAIN, *JOINT), model, seed, start=start) for seed, start in starts.items()]
 
 
 ARMS = {row.name: row for row in (
     *seeds("qwen-deep", (0, 1, 2), (*TRAIN, "--updates", "3300"), QWEN, asks=FIRST, prose=("en", "zh")),
-    *seeds("smollm2-deep", (0, 2, 3), TRAIN, asks=FIRST, prose=("en",)),
+    *seeds("smollm2-deep", (0, 1, 2), TRAIN, asks=FIRST, prose=("en",)),
     Arm("gemma3-deep", FIRST, (*TRAIN, "--updates", "2400"), GEMMA, prose=("en", "zh")),
     Arm("smollm2-tuned", CEILING, (*TRAIN, "--objective", "context"), tuned=True),
     Arm("qwen-tuned", CEILING, (*TRAIN, "--objective", "context", "--updates", "1100"), QWEN, tuned=True),
     Arm("gemma3-tuned", CEILING, (*TRAIN, "--objective", "context", "--updates", "1100"), GEMMA, tuned=True),
-    *joint("smollm2-joint", "smollm2-deep", (0, 2, 3)),
-    *joint("qwen-joint", "qwen-deep", (0, 1, 2), QWEN),
+    *joint("smollm2-joint", {0: "smollm2-deep", 1: "smollm2-deep", 2: "smollm2-deep-seed2"}),  # seed 1's adapter is not kept
+    *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     Arm("smollm2-135m-base", BASE), Arm("qwen2.5-coder-0.5b-base", BASE, model=QWEN), Arm("gemma3-270m-base", BASE, model=GEMMA))}
 
