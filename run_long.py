@@ -2,15 +2,10 @@
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
-Modes:
-    in_context   the untouched base, document and question in the prompt
-    ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
-                 chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
-                 reads the question with that memory: it has nothing to read back before its text ends
-    ttt_strict   the document written and dropped, then the question alone
-
-Document and question are the same tokens in every mode (long_items.py). Rows go to OUT/predictions.jsonl as they come, OUT/run.json holds what is
-needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and said so. Next: report_long.py.
+The modes: in_context, ttt_paper and ttt_strict (long_modes.py). Document and question are the same tokens in every mode (long_items.py). Items are
+made when they are asked, the same for the same tokenizer and seed, so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
+they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
+said so. Next: report_long.py.
 """
 from __future__ import annotations
 
@@ -25,16 +20,15 @@ import torch
 from tqdm import tqdm
 
 import long_tasks
-from decoding import answers_to, greedy, prefill, write_rows
+from decoding import greedy
 from halving import in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
+from long_modes import MODES, asked
 from manifests import UserError, provenance, run_script
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
-from prompts import encode, start_ids, written_ids
+from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
-
-MODES = ("in_context", "ttt_paper", "ttt_strict")
 
 
 @dataclass(frozen=True)
@@ -90,23 +84,10 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     begun = time.perf_counter()
-    start, pad = start_ids(tokenizer), tokenizer.pad_token_id
     documents = [written_ids(tokenizer, item.document) for item in job.items]
     questions = [encode(tokenizer, item.question) for item in job.items]
-    whole, new_tokens = [d + q for d, q in zip(documents, questions)], job.items[0].new_tokens
-    if job.mode == "in_context":
-        said, _ = answers_to(model, tokenizer, whole, new_tokens, line=False)
-    elif job.mode == "ttt_strict":
-        memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
-        said, _ = answers_to(model, tokenizer, [start + q for q in questions], new_tokens, None, ttt, memory, line=False)
-    elif ttt.config.chunk is None or ttt.config.read_attention:
-        memory, past = write_rows(model, ttt, documents, pad)
-        said, _ = answers_to(model, tokenizer, questions, new_tokens, past, ttt, memory, line=False)
-    else:
-        with ttt.write() as writer:
-            logits, past = prefill(model, whole, pad, session=writer)
-        with ttt.read(writer.memory()) as session:
-            said = greedy(model, tokenizer, logits, past, new_tokens, session, line=False)
+    with asked(model, tokenizer, ttt, job.mode, documents, questions) as (logits, past, session):
+        said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
     if cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / len(job.items)
