@@ -154,13 +154,19 @@ def read_items(path, tokenizer) -> list[Item]:
     return items
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a model of the table, a folder or a hub id, without its weights."""
+def tokenizer_folder(model: str) -> Path | None:
+    """Where the tokenizer of a model of the table, a folder or a hub id lies; None where it reads bytes."""
     row = find_row(model)
     if row.hub is None:
-        return byte_tokenizer()
+        return None
     packaged = row.gguf and available(row.name, row.gguf)
-    return AutoTokenizer.from_pretrained(converted_folder(row.name, row.gguf) if packaged else hub_folder(row))
+    return converted_folder(row.name, row.gguf) if packaged else hub_folder(row)
+
+
+def load_tokenizer(model: str):
+    """The model's tokenizer, without its weights."""
+    folder = tokenizer_folder(model)
+    return byte_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
 
 
 def parse_sources(pairs: list[str]) -> dict[str, str]:
