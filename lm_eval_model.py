@@ -17,6 +17,7 @@ template. Tasks that size their texts by a tokenizer get the model's own, unless
 """
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -237,6 +238,7 @@ def likelihood(first_V: torch.Tensor, rest_LV: torch.Tensor, tokens: list[int]) 
     return scores_N.double().sum().item(), bool((logits_NV.argmax(-1) == targets_N).all())
 
 
+@functools.cache
 def register() -> type:
     """Put the model class into lm-eval's registry, under NAME, and return it. UserError where lm-eval is not installed."""
     try:

@@ -2,7 +2,8 @@
 
     python long_tasks.py --list                                     the tasks, where they come from and what they need
     python long_tasks.py --task vt --length 1024 --show 1           prints items
-    python long_tasks.py --profile dev --out items.jsonl            writes a profile's items; --source TASK=PATH names the files it needs
+    python long_tasks.py --profile dev --out items.jsonl            writes a profile's items; --source TASK=PATH names the files it needs,
+                                                                    TASK=hub those that the hub has by name (long_hub.py)
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from gguf_packages import available, converted_folder
 from long_files import icl_candidates, locomo_candidates, longmemeval_candidates, rag_candidates
+from long_hub import HUB, fetched
 from long_items import Candidate, Item, Parts, count_tokens, fit
 from long_ruler import (NEEDLES, RECALL_NEW_TOKENS, common_candidates, frequent_candidates, needle_candidates, recall_candidates,
                         tracking_candidates)
@@ -62,7 +64,7 @@ TASKS = {task.name: task for task in (
       for name in ("nq", "hotpotqa")),
     Task("locomo", "LoCoMo (Maharana et al. 2024)", "by category", 32, locomo_candidates, "locomo10.json", 4096),
     Task("longmemeval", "LongMemEval (Wu et al. 2024)", "contains_no_judge", 500, longmemeval_candidates,
-         "longmemeval_s.json or longmemeval_oracle.json", 8192),
+         "longmemeval_s_cleaned.json or longmemeval_oracle.json", 8192),
 )}
 
 
@@ -170,10 +172,12 @@ def load_tokenizer(model: str):
 
 
 def parse_sources(pairs: list[str]) -> dict[str, str]:
+    """{task: path}; what is to come from the hub is there then."""
     for pair in pairs:
         if not all(pair.partition("=")):
             raise UserError(f"--source {pair}: write TASK=PATH")
-    return dict(pair.split("=", 1) for pair in pairs)
+    sources = dict(pair.split("=", 1) for pair in pairs)
+    return {task: str(fetched(task)) if path == HUB else path for task, path in sources.items()}
 
 
 def print_tasks(sources: dict[str, str]) -> None:
@@ -202,7 +206,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=1, metavar="K", help="how many items (default 1)")
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (default smollm2-135m)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs; may be repeated")
+    parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs, or hub; may be repeated")
     parser.add_argument("--out", type=Path, help="a .jsonl for the items of --profile")
     arguments = parser.parse_args()
     sources = parse_sources(arguments.source)

@@ -133,7 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--count", type=int, help="items of each task and length (default: the profile's)")
     what.add_argument("--seed", type=int, default=0, help="of the items (default: %(default)s)")
     what.add_argument("--items", help="file of items that `python long_tasks.py --profile NAME --out FILE` wrote, in place of all of the above")
-    what.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs; may be repeated")
+    what.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs, or hub (long_hub.py); may be repeated")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--out", help="results folder (default: results/long/<arm>)")
     how.add_argument("--resume", action="store_true", help="go on with the rows that OUT already holds")

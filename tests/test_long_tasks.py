@@ -294,7 +294,7 @@ def test_icl(tmp_path, bytes_, monkeypatch):
 def test_icl_labels_are_drawn_as_published():
     train = [(f"text {i}", i % 3) for i in range(9)]
     for shots in (3, 7, 9):
-        shown = long_files.balanced(train, shots)
+        shown = long_files.balanced(train, shots, seed=5)
         assert len(shown) == shots and all({label for _, label in shown[i:i + 3]} == {0, 1, 2} for i in range(0, shots - 2, 3))
 
 
@@ -390,6 +390,31 @@ def test_files_that_cannot_be_read(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words) as error:
         long_files.read_rows(path)
     assert str(path) in str(error.value)
+
+
+def test_files_from_the_hub(tmp_path, bytes_, monkeypatch):
+    asked = []
+
+    def load(*arguments, **settings):
+        asked.append((arguments, settings))
+        rows = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        folder = icl_folder(tmp_path / "published")
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows(folder / f"{split}.jsonl")) for split in ("train", "test")})
+    monkeypatch.setenv("TTT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for _ in range(2):
+        sources = long_tasks.parse_sources(["helmet_icl_trec_coarse=hub", "vt=./hub"])
+        items = make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, sources["helmet_icl_trec_coarse"])
+    assert items == make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, tmp_path / "published") and sources["vt"] == "./hub"
+    assert asked == [(("CogComp/trec",), {"revision": "refs/convert/parquet"})]
+
+
+@pytest.mark.parametrize("task, words", [("helmet_icl_banking77", "PolyAI/banking77"), ("longmemeval", "xiaowu0162/longmemeval-cleaned"), ("locomo", "by name")])
+def test_without_the_hub_one_line_says_what_it_needs(tmp_path, run_main, monkeypatch, task, words):
+    monkeypatch.setenv("TTT_CACHE", str(tmp_path / "cache"))  # and conftest.py keeps the hub out of reach
+    code, _, error = run_main(long_tasks.main, ["long_tasks.py", "--task", task, "--source", f"{task}=hub", "--model", "tiny-llama"])
+    assert code == 2 and words in error and f"--source {task}=PATH" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # --- profiles and the script -----------------------------------------------------------------------------------------
