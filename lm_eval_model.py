@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from decoding import SEGMENT, check_window, forward_all, greedy, pad_left
-from halving import in_halves
+from halving import Items, in_halves
 from long_modes import MODES, asked, splits
 from long_tasks import tokenizer_folder
 from manifests import UserError, current_commit, run_script
@@ -36,7 +36,7 @@ from scoring import InPlace, Off, Plan, Score, start_token
 NAME, VERSION = "ttt", "0.4.13"
 DEFAULT_MODEL, DEFAULT_NEW_TOKENS = "smollm2-135m", 256            # the second is lm-eval's
 QUESTION_AT = {"niah_": "What ", "ruler_": "Question: "}           # the beginning of a task's name -> that of its question
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names for one setting, the first found counts
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting; the first one counts
 
 
 @dataclass(frozen=True)
@@ -55,29 +55,21 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Items):
     """Rows that are asked together."""
 
     kind: str
-    rows: list[Row]
 
     @property
     def first(self) -> str:
-        return f"request {self.rows[0].place}"
-
-    @property
-    def count(self) -> int:
-        return len(self.rows)
-
-    def halves(self) -> list["Batch"]:
-        middle = len(self.rows) // 2
-        return [replace(self, rows=part) for part in (self.rows[:middle], self.rows[middle:])]
+        return f"request {self.items[0].place}"
 
 
 class ModeModel:
     """lm-eval's three requests, answered by an arm in a mode. Needs nothing of lm-eval: a request has args, task_name and doc_id, as its Instance."""
 
-    def __init__(self, model=DEFAULT_MODEL, adapter=None, mode=None, question_at=None, dtype="auto", batch_size=1, device=None, max_batch_size=None, **unknown):
+    def __init__(self, model=DEFAULT_MODEL, adapter=None, mode=None, question_at=None, dtype="auto", batch_size=1, device=None, max_batch_size=None,
+                 **unknown):
         super().__init__()
         for name in unknown:
             raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, mode, question_at, dtype")
@@ -96,7 +88,8 @@ class ModeModel:
         self.loaded = load_model(model, device, dtype)
         self.ttt, self.manifest = load_adapter(adapter, self.loaded) if adapter else (None, {})
         if mode == "in_context" and not self.manifest.get("frozen", True):
-            raise UserError(f"--model_args adapter={adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; leave it out")
+            raise UserError(f"--model_args adapter={adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; "
+                            "leave it out")
         self.mode, self.question_at, self.batch_size = mode, question_at, int(batch_size)
         self.tokenizer = self.loaded.tokenizer
 
@@ -126,22 +119,24 @@ class ModeModel:
         """Log-probability in nats of each whole text. One that the window does not hold is read in windows (scoring.Plan); in ttt_paper the memory
         goes on from one to the next."""
         if requests and splits(self.mode, self.ttt):
-            raise UserError(f"{requests[0].task_name}: scores texts that have no question (loglikelihood_rolling), and {self.mode} of this arm needs one; "
-                            "use mode=in_context, an arm with chunks in ttt_paper, or score_lm.py")
-        window, begin = self.loaded.model.config.get_text_config().max_position_embeddings - 1, start_token(self.tokenizer)
+            raise UserError(f"{requests[0].task_name}: scores texts that have no question (loglikelihood_rolling), and {self.mode} of this arm "
+                            "needs one; use mode=in_context, an arm with chunks in ttt_paper, or score_lm.py")
+        window = self.loaded.model.config.get_text_config().max_position_embeddings - 1  # the start token is one more
+        begin = start_token(self.tokenizer)
         if self.mode == "in_context":
             scorer = Off(self.loaded, Plan(window, window, begin))
         else:
             chunk = self.ttt.config.chunk
             scorer = InPlace(self.loaded, self.ttt, Plan(window, window // chunk * chunk, begin), max(1, SEGMENT // chunk) * chunk)
-        return [sum(event.realised.double().sum().item() for event in scorer.events(encode(self.tokenizer, request.args[0])) if isinstance(event, Score))
-                for request in tqdm(requests, desc=self.mode, disable=disable_tqdm)]
+        texts = (encode(self.tokenizer, request.args[0]) for request in tqdm(requests, desc=self.mode, disable=disable_tqdm))
+        return [sum(event.realised.double().sum().item() for event in scorer.events(ids) if isinstance(event, Score)) for ids in texts]
 
     # ---- how they are asked ----
 
     def _row(self, place: int, request, prompt: str, rest: list[int], kind: tuple) -> Row:
         document, question = self._split(prompt, request)
-        return Row(place, written_ids(self.tokenizer, document) if prompt else [start_token(self.tokenizer)], encode(self.tokenizer, question), rest, kind)
+        written = written_ids(self.tokenizer, document) if prompt else [start_token(self.tokenizer)]
+        return Row(place, written, encode(self.tokenizer, question), rest, kind)
 
     def _split(self, prompt: str, request) -> tuple[str, str]:
         """(document, question) of a prompt, the same in every mode; all of it is the document where that makes no difference."""
@@ -153,7 +148,8 @@ class ModeModel:
             raise UserError(f"{task}: {self.mode} of this arm needs to know where a prompt's question begins; add question_at=WORDS to --model_args")
         document = prompt[:max(0, prompt.rfind(marker))].rstrip()
         if not document:
-            raise UserError(f"{named(request)}: has no text before a {marker!r}, so nothing to write; name with question_at=WORDS where the question begins")
+            raise UserError(f"{named(request)}: has no text before a {marker!r}, so nothing to write; "
+                            "name with question_at=WORDS where the question begins")
         return document, prompt[len(document):]
 
     def _answers(self, rows: list[Row], ask, quiet: bool) -> list:
@@ -161,25 +157,26 @@ class ModeModel:
         kinds, answers = defaultdict(list), {}
         for row in sorted(rows, key=lambda row: -row.tokens):
             kinds[row.kind].append(row)
-        batches = [Batch(self.mode, group[i:i + self.batch_size]) for group in kinds.values() for i in range(0, len(group), self.batch_size)]
+        batches = [Batch(group[i:i + self.batch_size], self.mode) for group in kinds.values() for i in range(0, len(group), self.batch_size)]
         with tqdm(total=len(rows), desc="asking", disable=quiet) as bar:
             for batch, said in in_halves(batches, ask, bar):
-                answers.update(zip((row.place for row in batch.rows), said))
+                answers.update(zip((row.place for row in batch.items), said))
                 bar.update(batch.count)
         return [answers[place] for place in range(len(rows))]
 
     def _asked(self, batch: Batch):
-        return asked(self.loaded.model, self.tokenizer, self.ttt, self.mode, [row.document for row in batch.rows], [row.question for row in batch.rows])
+        documents, questions = [row.document for row in batch.items], [row.question for row in batch.items]
+        return asked(self.loaded.model, self.tokenizer, self.ttt, self.mode, documents, questions)
 
     @torch.inference_mode()
     def _generate(self, batch: Batch) -> list[str]:
-        new_tokens, line = batch.rows[0].kind
+        new_tokens, line = batch.items[0].kind
         with self._asked(batch) as (logits, past, session):
             return greedy(self.loaded.model, self.tokenizer, logits, past, new_tokens, session, line=line, stripped=False)
 
     @torch.inference_mode()
     def _score(self, batch: Batch) -> list[tuple[float, bool]]:
-        rests = [row.rest for row in batch.rows]
+        rests = [row.rest for row in batch.items]
         with self._asked(batch) as (first_BV, past, session):
             logits = first_BV[:, None]
             if max(map(len, rests)) > 1:
@@ -214,13 +211,13 @@ def refuse_cache() -> None:
 def generation(settings: dict, task: str) -> tuple[list[str], int]:
     """(stops, most new tokens) of a request's settings; UserError for what would not be a greedy answer."""
     settings = dict(settings)
-    until, do_sample, temperature = settings.pop("until", []), settings.pop("do_sample", None), settings.pop("temperature", 0)
-    lengths = [settings.pop(name) for name in LENGTHS if settings.get(name) is not None]
-    if do_sample or (do_sample is None and float(temperature) > 0):
+    until, do_sample, temperature = (settings.pop(name, None) for name in ("until", "do_sample", "temperature"))
+    lengths = [length for name in LENGTHS if (length := settings.pop(name, None)) is not None]
+    if do_sample or (do_sample is None and float(temperature or 0) > 0):
         raise UserError(f"{task}: asks for samples, and answers here are greedy; use --gen_kwargs do_sample=false")
-    for name in set(settings) - {"top_p", "top_k"}:  # these two say how to sample, and nobody samples
+    for name in sorted(set(settings) - {"top_p", "top_k"}):  # these two say how to sample, and nobody samples
         raise UserError(f"{task}: the setting {name} of generation is unknown; leave it out")
-    return ([until] if isinstance(until, str) else list(until)), int(lengths[0]) if lengths else DEFAULT_NEW_TOKENS
+    return ([until] if isinstance(until, str) else list(until or [])), int(lengths[0]) if lengths else DEFAULT_NEW_TOKENS
 
 
 def cut(text: str, stops: list[str]) -> str:

@@ -3,10 +3,12 @@ arXiv 2402.17753) and LongMemEval (Wu et al. 2024, arXiv 2410.10813).
 
 Prompts are those of princeton-nlp/HELMET (data.py at 4526dfbdc512), snap-research/locomo (task_eval) and xiaowu0162/LongMemEval
 (run_generation.py at 9e0b455f4ef0). Files come from a path, those of some from the hub by name (long_hub.py); none of them is part of this
-repository. Licences: HELMET's code and LongMemEval MIT, LoCoMo CC BY-NC 4.0 (not for commercial use). LongMemEval's published score is the verdict
-of a paid model, which is not asked here (long_scores.contains_no_judge). Where a text is longer than asked for, it is cut so that the evidence stays; a question whose
-evidence does not fit is passed over. Each candidates function is (name, tokenizer, length, seed, source) and yields the file's
-questions in an order drawn from the seed. Every defect raises UserError naming file, line or entry, field and mend.
+repository. Licences: HELMET's code and LongMemEval MIT, LoCoMo CC BY-NC (not for commercial use). LongMemEval's published score is the verdict
+of a paid model, which is not asked here (contains_no_judge).
+
+Where a text is longer than asked for, it is cut so that the evidence stays; a question whose evidence does not fit is passed over. Each
+candidates function is (name, tokenizer, length, seed, source) and yields the file's questions in an order drawn from the seed. Every defect
+raises UserError naming file, line or entry, field and mend.
 """
 from __future__ import annotations
 
@@ -217,7 +219,7 @@ ASK_5 = "\n\n\nBased on the above context, answer the following question."
 
 
 def locomo_candidates(name, tokenizer, length, seed, source):
-    """source: locomo10.json (data/ of snap-research/locomo; CC BY-NC 4.0). units: turns kept, the latest; the earliest evidence of the question is
+    """source: locomo10.json (data/ of snap-research/locomo; CC BY-NC). units: turns kept, the latest; the earliest evidence of the question is
     among them. Evidence that names no turn (a few do: "D", "D:11:26") is passed over.
 
     Sessions stand in the order of time. A question of category 5 has two options, one of them that it was not mentioned.

@@ -12,7 +12,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import datasets
 from huggingface_hub import hf_hub_download
 
 from gguf_packages import cache_dir
@@ -32,6 +31,7 @@ def fetched(task: str) -> Path:
     if task in ROWS:
         folder = cache_dir() / "data" / task
         if not folder.is_dir():
+            import datasets  # a second of start-up, for those who need it
             keep_rows(from_hub(task, datasets.load_dataset, ROWS[task], revision=CONVERTED), folder)
         return folder
     raise UserError(f"--source {task}={HUB}: the hub has no file of it by name, only {', '.join([*ROWS, *FILES])}; give --source {task}=PATH "
@@ -46,8 +46,8 @@ def from_hub(task: str, call, *arguments, **settings):
                         f"it, or the published file: --source {task}=PATH") from error
 
 
-def keep_rows(rows: datasets.DatasetDict, folder: Path) -> None:
-    """Write train.jsonl and test.jsonl; the folder appears whole or not at all."""
+def keep_rows(rows, folder: Path) -> None:
+    """Write train.jsonl and test.jsonl of a DatasetDict; the folder appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as temporary:
         done = Path(temporary) / "done"

@@ -3,7 +3,7 @@
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
 The modes: in_context, ttt_paper and ttt_strict (long_modes.py). Document and question are the same tokens in every mode (long_items.py). Items are
-made when they are asked, the same for the same tokenizer and seed, so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
+made here, the same for the same tokenizer and seed (a profile's in a minute or two), so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
 they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
 said so. Next: report_long.py.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import long_tasks
 from decoding import greedy
-from halving import in_halves
+from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
 from long_modes import MODES, asked
@@ -32,11 +32,10 @@ from results_files import Rows, ask_into, only_run, open_folder
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Items):
     """Items of one task and length, asked together in one mode."""
 
     mode: str
-    items: list[Item]
 
     @property
     def kind(self) -> str:
@@ -45,14 +44,6 @@ class Job:
     @property
     def first(self) -> str:
         return name_of(self.items[0])
-
-    @property
-    def count(self) -> int:
-        return len(self.items)
-
-    def halves(self) -> list["Job"]:
-        middle = len(self.items) // 2
-        return [replace(self, items=part) for part in (self.items[:middle], self.items[middle:])]
 
 
 def name_of(item: Item) -> str:
@@ -71,7 +62,7 @@ def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
                 groups.setdefault((item.task, item.length), []).append(item)
         for (_, length), group in groups.items():
             size = max(1, batch_tokens // length)
-            jobs += [Job(mode, group[i:i + size]) for i in range(0, len(group), size)]
+            jobs += [Job(group[i:i + size], mode) for i in range(0, len(group), size)]
     return jobs
 
 

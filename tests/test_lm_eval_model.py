@@ -65,7 +65,7 @@ def asked_for(settings=None, documents=DOCUMENTS):
 def test_an_answer_is_the_one_of_run_long(arm, name):
     lm = arm(name, batch_size=2)
     items = [Item("niah_small", 1024, document, QUESTION, ("71",), "string_match_all", NEW, 0, 0, i) for i, document in enumerate(DOCUMENTS)]
-    rows = run_long.answer(lm.loaded, lm.ttt, run_long.Job(ARMS[name][0], items))
+    rows = run_long.answer(lm.loaded, lm.ttt, run_long.Job(items, ARMS[name][0]))
     assert [said.strip() for said in lm.generate_until(asked_for())] == [row["prediction"] for row in rows]
 
 
@@ -247,7 +247,7 @@ def test_in_context_is_what_its_own_model_class_says(harness, arm):
     mine = arm("in_context")
     theirs = HFLM(pretrained=mine.loaded.model, tokenizer=mine.tokenizer, batch_size=1)
     prompts = [document + QUESTION for document in DOCUMENTS]
-    ask = lambda kind, *arguments: [Instance(kind, {}, tuple(a), i, ("niah_small", i, 1)) for i, a in enumerate(zip(*arguments))]
+    ask = lambda kind, *arguments: [Instance(kind, {}, tuple(a), i, ("others", i, 1)) for i, a in enumerate(zip(*arguments))]
     scored = ask("loglikelihood", prompts + ["", "x "], [" 71", " 4083.", "!", "abc", "abc"])
     for (a, greedy), (b, theirs_greedy) in zip(mine.loglikelihood(scored), theirs.loglikelihood(scored)):
         assert a == pytest.approx(b, abs=1e-3) and greedy == theirs_greedy

@@ -14,7 +14,7 @@ import long_files
 import long_ruler
 import long_tasks
 from gguf_packages import available
-from long_items import Candidate, Parts, fit
+from long_items import PROPORTIONAL, Candidate, Parts, fit
 from long_scores import METRICS
 from long_tasks import NOISE_TASKS, PROFILES, TASKS, find_task, load_tokenizer, make, profile_items, score
 from manifests import UserError
@@ -177,6 +177,22 @@ def test_the_largest_size_that_fits(bytes_):
         return found and (found.units, found.tokens)
     assert [sized(1, None, room) for room in (2, 3, 50, 1000)] == [(1, 2), (2, 3), (49, 50), (999, 1000)]
     assert sized(1, 7, 100) == (7, 8) and sized(7, 7, 8) == (7, 8) and sized(5, None, 5) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_units_of_very_unlike_lengths_are_sized_too_and_in_few_steps(bytes_, seed):
+    rng = random.Random(seed)
+    ends = [0]
+    for _ in range(400):
+        ends.append(ends[-1] + rng.choice((0, 1, 1, 2, 300)))
+    tried, room = [], rng.randrange(1, ends[-1])
+
+    def build(units):
+        tried.append(units)
+        return Parts("x" * ends[units], "?", ("a",))
+    found = fit(Candidate(build, 0, 400, "first_word"), bytes_, room)
+    assert found.units == max(units for units in range(401) if ends[units] + 1 <= room)
+    assert len(tried) == len(set(tried)) <= 1 + PROPORTIONAL + 9  # the last halve 400 units
 
 
 @pytest.mark.parametrize("arguments, words", [
