@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -112,22 +114,28 @@ def make(task: str, tokenizer, length: int, count: int, seed: int, source=None) 
                     "take fewer, or a longer length")
 
 
+def make_all(asked: list[tuple], workers: int = 1) -> list[Item]:
+    """The items of several calls of make, whose arguments `asked` holds, in that order. workers: processes that make them, a call at a time each."""
+    if workers == 1:
+        return [item for arguments in asked for item in make(*arguments)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:  # forked, as by torch's loaders: they inherit the tokenizer
+        return [item for items in pool.map(make, *zip(*asked)) for item in items]
+
+
 def score(item: Item, prediction: str) -> float:
     """The published metric of the item, 0 to 1."""
     return METRICS[item.metric](prediction, item.answers)
 
 
-def profile_items(name: str, tokenizer, seed: int, sources: dict[str, object]) -> Iterator[Item]:
+def profile_items(name: str, tokenizer, seed: int, sources: dict[str, object], workers: int = 1) -> list[Item]:
     """The items of a profile, task by task; a task that needs a file takes part where `sources` names one for it."""
     profile = PROFILES[name]
     for task in sources:
         if find_task(task).needs is None:
             raise UserError(f"--source {task}=...: the task needs no file; leave it out")
-    for task in TASKS.values():
-        if task.needs is None or task.name in sources:
-            for length in profile.lengths:
-                if length >= task.shortest:
-                    yield from make(task.name, tokenizer, length, profile.count, seed, sources.get(task.name))
+    return make_all([(task.name, tokenizer, length, profile.count, seed, sources.get(task.name))
+                     for task in TASKS.values() if task.needs is None or task.name in sources
+                     for length in profile.lengths if length >= task.shortest], workers)
 
 
 def write_items(items: list[Item], path: Path) -> None:
@@ -207,8 +215,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (default smollm2-135m)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs, or hub; may be repeated")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make the items of --profile (default 1)")
     parser.add_argument("--out", type=Path, help="a .jsonl for the items of --profile")
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: use 1 or more")
     sources = parse_sources(arguments.source)
     if arguments.list:
         print_tasks(sources)
@@ -219,7 +230,7 @@ def main() -> None:
     elif arguments.out is None:
         parser.error("--profile needs --out FILE")
     else:
-        items = list(profile_items(arguments.profile, load_tokenizer(arguments.model), arguments.seed, sources))
+        items = profile_items(arguments.profile, load_tokenizer(arguments.model), arguments.seed, sources, arguments.workers)
         write_items(items, arguments.out)
         print(f"{arguments.out}: {len(items)} items")
 

@@ -103,8 +103,8 @@ def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
         wanted = arguments.tasks.split(",") if arguments.tasks else [name for name, task in long_tasks.TASKS.items() if task.needs is None or name in sources]
         late = [(name, length) for name in wanted for length in lengths if not arguments.tasks and length < long_tasks.find_task(name).shortest]
         left_out = [f"{name} at {length} tokens: it begins at {long_tasks.find_task(name).shortest}" for name, length in late]
-        items = [item for length in lengths if length <= window for name in wanted if (name, length) not in late
-                 for item in long_tasks.make(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))]
+        items = long_tasks.make_all([(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))
+                                     for length in lengths if length <= window for name in wanted if (name, length) not in late], arguments.workers)
     left_out += [f"length {length}: the model's window is {window} tokens" for length in lengths if length > window]
     items = [item for item in items if item.length <= window]
     if not items:
@@ -129,6 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--out", help="results folder (default: results/long/<arm>)")
     how.add_argument("--resume", action="store_true", help="go on with the rows that OUT already holds")
     how.add_argument("--batch-tokens", type=int, default=16384, help="tokens of documents in a batch (default: %(default)s)")
+    how.add_argument("--workers", type=int, default=1, help="processes that make the items (default: %(default)s)")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
@@ -140,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--modes {mode}: needs --adapter")
     if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
         raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
-    for name in ("count", "batch_tokens"):
+    for name in ("count", "batch_tokens", "workers"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
     return arguments

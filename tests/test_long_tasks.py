@@ -16,7 +16,7 @@ import long_tasks
 from gguf_packages import available
 from long_items import PROPORTIONAL, Candidate, Parts, fit
 from long_scores import METRICS
-from long_tasks import NOISE_TASKS, PROFILES, TASKS, find_task, load_tokenizer, make, profile_items, score
+from long_tasks import NOISE_TASKS, PROFILES, TASKS, find_task, load_tokenizer, make, make_all, profile_items, score
 from manifests import UserError
 from model_utils import MODELS, byte_tokenizer
 
@@ -441,6 +441,13 @@ def test_the_dev_profile_needs_no_file(bytes_, monkeypatch):
     assert [item.task for item in profile_items("dev", bytes_, 0, {})] == [name for name in SYNTHETIC if name != "cwe"]
     with pytest.raises(UserError, match="needs no file"):
         list(profile_items("dev", bytes_, 0, {"vt": "x"}))
+
+
+def test_several_processes_make_the_same_items(bytes_, tmp_path):
+    asked = [(name, bytes_, length, 2, 3) for name in ("vt", "mqar") for length in (2048, 3000)]
+    assert make_all(asked, workers=2) == make_all(asked) and make_all([], workers=2) == []
+    with pytest.raises(UserError, match="too short"):
+        make_all([*asked, ("cwe", bytes_, 1024, 1, 0)], workers=2)
 
 
 def test_script(run_main, tmp_path):

@@ -139,7 +139,7 @@ def test_items_from_a_file_are_the_items_made_here(long_run, run_main, model, tm
     assert "no item" in call("broken")[2]
 
 
-@pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"),
+@pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"), (["--workers", "0"], "--workers 0"),
                                          (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "haystack")])
 def test_bad_arguments(long_run, tmp_path, more, named):
     code, _, err, _ = long_run(*more)
