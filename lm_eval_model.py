@@ -70,6 +70,7 @@ class ModeModel:
 
     def __init__(self, model=DEFAULT_MODEL, adapter=None, mode=None, question_at=None, dtype="auto", batch_size=1, device=None, max_batch_size=None,
                  **unknown):
+        """The arguments of --model_args (above), then what lm-eval adds from its own command line. Raises UserError for what cannot be used."""
         super().__init__()
         for name in unknown:
             raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, mode, question_at, dtype")
