@@ -3,7 +3,7 @@
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
 Modes:
-    in_context   the untouched base, document and question in the prompt
+    in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
     ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
                  chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
                  reads the question with that memory: it has nothing to read back before its text ends
@@ -144,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is asked of whom")
     what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
-    what.add_argument("--adapter", help="checkpoint folder of a frozen arm, for the modes that write")
+    what.add_argument("--adapter", help="checkpoint folder of an arm without a LoRA on its base, for the modes that write")
     what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: all, without --adapter in_context)")
     what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
     what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
@@ -181,8 +181,8 @@ def main() -> None:
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
-    if not manifest.get("frozen", True):
-        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; give a frozen arm")
+    if manifest.get("lora"):
+        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; give an arm without --joint")
     items, left_out = choose_items(arguments, loaded)
     for line in left_out:
         print(f"left out: {line}")
@@ -193,7 +193,8 @@ def main() -> None:
     with only_run(out):
         done, earlier = open_folder(out, arguments.resume, mine)
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
-        report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"), "adapter": arguments.adapter,
+        report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"),
+                  "frozen": manifest.get("frozen", True), "seed": manifest.get("seed"), "adapter": arguments.adapter,
                   "chunk": manifest["ttt"]["chunk"] if manifest else None, "modes": together("modes", arguments.modes),
                   "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
                   "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
