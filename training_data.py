@@ -316,9 +316,10 @@ def from_hub(source: str) -> tuple[list[str], str]:
     corpus = CORPORA[source]
     try:
         rows = datasets.load_dataset(corpus.name, split=corpus.split, revision=corpus.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # no network, a proxy, gated, gone, a cache of another version: the mends are the same
-        raise UserError(f"--data {source}: {corpus.name} cannot be had ({type(error).__name__}); give a network that reaches the Hub (and unset "
-                        "HF_HUB_OFFLINE), or use --data bank or a local file") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # what it raises offline, for a gated or missing set, a full disk, a broken file
+        said = next(iter(str(error).splitlines()), "no reason given")
+        raise UserError(f"--data {source}: {corpus.name} cannot be had ({type(error).__name__}: {said}); give a network that reaches the Hub, room on the "
+                        "disk and, if it is gated, a token (HF_TOKEN), or use --data bank or a local file") from error
     texts = [text for text in map(corpus.text, rows) if text.strip()]
     return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
