@@ -209,7 +209,7 @@ def relative_source(name: str, commit: str) -> str:
 def card(loaded: Loaded, manifest: dict, merged: bool) -> str:
     row, langs, joint = loaded.row, manifest["langs"], bool(manifest["lora"])
     trained = "joint: a LoRA on the base was trained along" if joint else "the base frozen" if manifest["frozen"] else (
-        "not frozen: W_down of the TTT layers was trained along, and is used while a text is written or a memory read")
+        "not frozen: W_down of the TTT layers was trained along, and is used while a text is written or a memory read, never without")
     hub, licence = manifest["base"]["hub"], LICENCES.get(row.licence, "other")
     front = ModelCardData(
         base_model=hub, base_model_relation=(("finetune" if merged else "adapter") if hub else None), license=licence,

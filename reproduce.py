@@ -1,4 +1,4 @@
-"""Train the reported arms again and ask them everything that is reported of them, on as many GPUs as there are.
+"""Train the reported arms again, and those of the long-context study, and ask them everything that is reported of them, on as many GPUs as there are.
 
     python reproduce.py --list
     python reproduce.py                                                  everything, on all GPUs, into ./reproduced
@@ -88,7 +88,7 @@ def study(base: str, rows: int, model=(), chunks=()) -> list[Arm]:
     arms = {"study": (*LM, *LONG_ROWS), "study-wdown": (*LM, *LONG_ROWS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {f"{base}-{name}": (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"{base}-study-{chunk}": (*LM, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
-    return [Arm(name, (), (*STUDY, *how), model, long="ttt_paper,ttt_strict") for name, how in sized.items()]
+    return [Arm(name, (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict") for name, how in sized.items()]
 
 
 def joint(arm: str, of: str, numbers, model=()) -> list[Arm]:

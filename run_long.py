@@ -4,6 +4,7 @@
 
 Modes:
     in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
+    ttt_empty    the same prompt, read with an empty memory: what a W_down that was trained too changes by itself (arms of --w-down, when asked for)
     ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
                  chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
                  reads the question with that memory: it has nothing to read back before its text ends
@@ -34,7 +35,8 @@ from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from prompts import encode, start_ids, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
 
-MODES = ("in_context", "ttt_paper", "ttt_strict")
+MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict")
+ASKED = ("in_context", "ttt_paper", "ttt_strict")  # of an adapter, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
     whole, new_tokens = [d + q for d, q in zip(documents, questions)], job.items[0].new_tokens
     if job.mode == "in_context":
         said, _ = answers_to(model, tokenizer, whole, new_tokens, line=False)
+    elif job.mode == "ttt_empty":
+        empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
+        said, _ = answers_to(model, tokenizer, whole, new_tokens, None, ttt, empty, line=False)
     elif job.mode == "ttt_strict":
         memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
         said, _ = answers_to(model, tokenizer, [start + q for q in questions], new_tokens, None, ttt, memory, line=False)
@@ -145,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_argument_group("what is asked of whom")
     what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
     what.add_argument("--adapter", help="checkpoint folder of an arm without a LoRA on its base, for the modes that write")
-    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: all, without --adapter in_context)")
+    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(ASKED)}, without --adapter in_context)")
     what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
     what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
     what.add_argument("--lengths", help="tokens of prompt and answer, comma-separated (default: the profile's)")
@@ -160,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(MODES))).split(",")
+    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(ASKED))).split(",")
     for mode in arguments.modes:
         if mode not in MODES:
             raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
@@ -183,6 +188,8 @@ def main() -> None:
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
     if manifest.get("lora"):
         raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; give an arm without --joint")
+    if "ttt_empty" in arguments.modes and manifest["frozen"]:
+        raise UserError(f"--modes ttt_empty: {arguments.adapter} has the base's own W_down, so an empty memory changes nothing; leave it out")
     items, left_out = choose_items(arguments, loaded)
     for line in left_out:
         print(f"left out: {line}")

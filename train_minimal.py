@@ -6,8 +6,8 @@ Objectives:
     recall   write the conversation, drop it, cross-entropy of the answers; the gradient flows through the write
     lm       the public attempt's: next-token loss on a text that attention still sees while it is written
     context  no fast weights: a LoRA that answers with the conversation in the prompt (A_tuned, the fair ceiling)
-With --joint a recall arm also trains a LoRA on the base, which writes and reads with it, and with --w-down an arm trains W_down of its TTT
-layers; such an arm is never called frozen. `--form study` is the paper's own mechanism, which --objective lm trains at --length tokens.
+With --joint a recall arm also trains a LoRA on the base, which writes and reads with it, and with --w-down an arm trains what is added to
+W_down of its TTT layers; neither is ever called frozen. `--form study` is the paper's own mechanism, trained by lm on rows of --length tokens.
 Only the adapter trains; that the base did not change is checked by hash before every checkpoint. With --start an arm goes on
 from another one's adapter, and in the data from where that one stopped.
 """
@@ -41,7 +41,7 @@ LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls faste
 GROUPS = "1,1,2,4"
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
-W_DOWN_SHARE = 0.01 # of the learning rate: W_down is trained already, and at 2e-5 a base is tuned, not broken (not measured)
+W_DOWN_SHARE = 0.01  # of the learning rate, for W_down: what is trained already takes steps of 1e-5, as fine-tuning does
 SWITCHES = {"codes": "keys and queries as products of two learned codes", "deep": "attentions are side streams",
             "sparse": "a gate with exact zeros",
             "read-gate": "learned share of what is read", "threshold": "a faint answer is no answer", "calibrated": "values in units of the residual stream",
@@ -304,7 +304,8 @@ def main() -> None:
     trained = arm.trained()
     if arguments.dropout:
         arm.ttt.drop(arguments.dropout)
-    optimizer = torch.optim.AdamW([{"params": [p], "share": rate_share(name, arguments.joint)} for name, p in trained.items()], lr=arguments.lr, weight_decay=arguments.weight_decay)
+    optimizer = torch.optim.AdamW([{"params": [p], "share": rate_share(name, arguments.joint)} for name, p in trained.items()],
+                                  lr=arguments.lr, weight_decay=arguments.weight_decay)
     first = updates_before(arm.start)
     dataset, data_sha = make_dataset(arguments, config, loaded, langs, first)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,

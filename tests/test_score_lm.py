@@ -266,7 +266,7 @@ def checkpoint(tmp_path):
         manifest = {"arm": "a", "model": "tiny-llama", "model_sha256": loaded.sha256, "objective": "lm", "frozen": not joint, "seed": 3, "ttt": config.to_dict(), "lora": LORA if joint else None, "data_sha256": "0", "updates": 0,
                     **provenance(), "device": "cpu"}
         if joint:
-            (tmp_path / "a").mkdir()
+            (tmp_path / "a").mkdir(exist_ok=True)
             save_lora(tmp_path / "a", get_peft_model(load_model("tiny-llama").model, LoraConfig(task_type="CAUSAL_LM", **LORA)))
         save_adapter(tmp_path / "a", strengthen(InPlaceTTT(loaded.model, config)), manifest)
         return tmp_path / "a"

@@ -1,6 +1,7 @@
 """The study's arms: the paper's own form, W_down trained along, and the recall objective on long conversations written chunk by chunk."""
 import itertools
 import json
+import types
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import hub_model
 import objectives
+import report_long
 import reproduce
 import run_experiment
 import run_long
@@ -239,6 +241,21 @@ def test_long_texts_ask_the_untouched_base_in_context_and_the_arm_elsewhere(mode
     assert json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["frozen"] is False
 
 
+def test_an_empty_memory_shows_what_w_down_does_by_itself(model, adapter, run_main, tmp_path):
+    """This arm writes nothing, so with its memory or an empty one it says the same; an arm of the base's own W_down is not asked that."""
+    asked = ["run_long.py", "--model", model, "--tasks", "mqar", "--lengths", 256, "--count", 3, "--device", "cpu", "--modes", "in_context,ttt_empty,ttt_paper", "--out", tmp_path / "r"]
+    code, _, err = run_main(run_long.main, [*asked, "--adapter", save_fast_weights(tmp_path / "frozen", model)])
+    assert code == 2 and "--modes ttt_empty" in err and len(err.splitlines()) == 1 and not (tmp_path / "r").exists()
+    assert run_main(run_long.main, [*asked, "--adapter", adapter])[0] == 0
+    said = {mode: [] for mode in ("in_context", "ttt_empty", "ttt_paper")}
+    for line in (tmp_path / "r/predictions.jsonl").open(encoding="utf-8"):
+        row = json.loads(line)
+        said[row["condition"]].append(row["prediction"])
+    assert said["in_context"] != said["ttt_empty"] == said["ttt_paper"]
+    assert report_long.main([str(tmp_path / "r"), "--out", str(tmp_path / "report")]) == 0
+    assert "chunk 64, base not frozen" in report_long.tables(json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8")))
+
+
 def test_the_benchmark_asks_such_an_arm_and_its_untouched_base(model, adapter, run_main, tmp_path):
     asked = ["run_experiment.py", "--model", model, "--adapter", adapter, "--conditions", "A_context,B_memory", "--levels", "1", "--lang", "en", "--limit", 1,
              "--device", "cpu", "--out", tmp_path / "r"]
@@ -389,7 +406,9 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
         assert config.w_down == row.name.endswith("wdown") and config.layers == arguments.row.study.layers and config.chunk < arguments.length
         assert arguments.objective == ("recall" if row.name.endswith("recall") else "lm") and train_minimal.parse_groups(arguments) if arguments.groups else True
         monkeypatch.setattr("sys.argv", asking)
-        assert run_long.parse_arguments().modes == ["ttt_paper", "ttt_strict"]
+        assert run_long.parse_arguments().modes == ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
+    arguments = types.SimpleNamespace(only=["smollm2-study"], out=tmp_path)
+    assert reproduce.what_next(arguments) == f"python report_long.py {tmp_path / 'results/long/smollm2-study'} --out {tmp_path / 'results/long'}"
 
 
 def test_long_texts_that_are_answered_are_not_asked_again(tmp_path):
