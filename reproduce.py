@@ -31,6 +31,7 @@ TRAIN = ("--workers", "6", "--save-every", "150")
 JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 # The study trains 400 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words). Estimated, not measured: an update of smollm2-tuned
 # (19,200 tokens) took 0.39 s on an H200 and one of qwen-tuned (17,200) 0.32 s, so 2 to 3 minutes an arm; `--w-down` adds no forward, recall the questions.
+# The arms that go on at length: 200 updates of 32,768 tokens; one of smollm2-deep (41,300) took 0.48 s, so 2 minutes and what attention over 2,048 adds.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "400", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
 LONG = ("--lengths", "1024,2048,4096,8192", "--count", "20")
@@ -91,6 +92,12 @@ def study(base: str, rows: int, model=(), chunks=()) -> list[Arm]:
     return [Arm(name, (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict") for name, how in sized.items()]
 
 
+def longer(of: str, model=()) -> Arm:
+    """A recall arm that goes on on conversations of the study's length."""
+    return Arm(f"{of}-long", (), ("--workers", "6", "--save-every", "100", "--updates", "200", "--warmup", "20", "--lr", "0.0005", *LONG_ROWS,
+                                  "--groups", "1", "--conversations", "16"), model, start=of, long="ttt_paper,ttt_strict")
+
+
 def joint(arm: str, of: str, numbers, model=()) -> list[Arm]:
     return [Arm(arm, SEED, (*TRAIN, *JOINT), model, seed, start=of + (f"-seed{seed}" if seed else "")) for seed in numbers]
 
@@ -106,6 +113,7 @@ ARMS = {row.name: row for row in (
     *joint("qwen-joint", "qwen-deep", (0, 1, 2), QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN), *study("gemma3", 4, GEMMA),
+    longer("smollm2-deep"), longer("qwen-deep", QWEN),
     *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context") for model in (SMOLLM2, QWEN, GEMMA)))}
 
 

@@ -411,6 +411,17 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
     assert reproduce.what_next(arguments) == f"python report_long.py {tmp_path / 'results/long/smollm2-study'} --out {tmp_path / 'results/long'}"
 
 
+@pytest.mark.parametrize("name", ["smollm2-deep", "qwen-deep"])
+def test_an_arm_goes_on_at_length_with_its_own_settings(name, tmp_path, monkeypatch):
+    short, long = reproduce.ARMS[name], reproduce.ARMS[f"{name}-long"]
+    configs = []
+    for row in (short, long):
+        monkeypatch.setattr("sys.argv", reproduce.training(row, tmp_path)[0])
+        arguments = train_minimal.parse_arguments()
+        configs.append(train_minimal.ttt_config(arguments, arguments.row))
+    assert configs[0] == configs[1] and arguments.length == 2048 and arguments.start == str(tmp_path / short.checkpoint)
+
+
 def test_long_texts_that_are_answered_are_not_asked_again(tmp_path):
     row = reproduce.ARMS["smollm2-study"]
     run_file = reproduce.long_folder(row, tmp_path) / "run.json"
