@@ -78,11 +78,6 @@ class Arm:
         return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
 
 
-def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
-    """An arm's seeds; the first one is asked `first`, every other SEED."""
-    return [Arm(arm, **({"asks": SEED} | (first if seed == numbers[0] else {})), train=train, model=model, seed=seed) for seed in numbers]
-
-
 def study(base: str, rows: int, model=(), chunks=()) -> list[Arm]:
     """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, W_down trained along, our
     objective on the same mechanism, and the first one with these chunks, in rows of twice the length."""
@@ -96,6 +91,11 @@ def longer(of: str, model=()) -> Arm:
     """A recall arm that goes on on conversations of the study's length."""
     return Arm(f"{of}-long", (), ("--workers", "6", "--save-every", "100", "--updates", "200", "--warmup", "20", "--lr", "0.0005", *LONG_ROWS,
                                   "--groups", "1", "--conversations", "16"), model, start=of, long="ttt_paper,ttt_strict")
+
+
+def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
+    """An arm's seeds; the first one is asked `first`, every other SEED."""
+    return [Arm(arm, **({"asks": SEED} | (first if seed == numbers[0] else {})), train=train, model=model, seed=seed) for seed in numbers]
 
 
 def joint(arm: str, of: str, numbers, model=()) -> list[Arm]:
