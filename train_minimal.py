@@ -313,7 +313,8 @@ def main() -> None:
                 "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay,
                               "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
-                              "length": arguments.length, "groups": arguments.groups, "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
+                              "length": arguments.length, "groups": arguments.groups,
+                              "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:

@@ -227,8 +227,8 @@ def adapter(model, tmp_path_factory):
         fast.conv.data.zero_()
     folder = tmp_path_factory.mktemp("arms") / "a"
     save_fast_weights(folder, model, change=None)  # its manifest, but for what is said here
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8")) | {"frozen": False, "ttt": config.to_dict(), "data": "bank", "langs": ["en"], "commit": "c"}
-    save_adapter(folder, ttt, manifest)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    save_adapter(folder, ttt, manifest | {"frozen": False, "ttt": config.to_dict(), "data": "bank", "langs": ["en"], "commit": "c"})
     return str(folder)
 
 
@@ -243,7 +243,8 @@ def test_long_texts_ask_the_untouched_base_in_context_and_the_arm_elsewhere(mode
 
 def test_an_empty_memory_shows_what_w_down_does_by_itself(model, adapter, run_main, tmp_path):
     """This arm writes nothing, so with its memory or an empty one it says the same; an arm of the base's own W_down is not asked that."""
-    asked = ["run_long.py", "--model", model, "--tasks", "mqar", "--lengths", 256, "--count", 3, "--device", "cpu", "--modes", "in_context,ttt_empty,ttt_paper", "--out", tmp_path / "r"]
+    asked = ["run_long.py", "--model", model, "--tasks", "mqar", "--lengths", 256, "--count", 3, "--device", "cpu",
+             "--modes", "in_context,ttt_empty,ttt_paper", "--out", tmp_path / "r"]
     code, _, err = run_main(run_long.main, [*asked, "--adapter", save_fast_weights(tmp_path / "frozen", model)])
     assert code == 2 and "--modes ttt_empty" in err and len(err.splitlines()) == 1 and not (tmp_path / "r").exists()
     assert run_main(run_long.main, [*asked, "--adapter", adapter])[0] == 0
