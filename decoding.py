@@ -243,11 +243,12 @@ def stop_mask(tokenizer, vocabulary: int, device, line: bool) -> torch.Tensor:
 
 
 def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens: int, session=None, early_stop: bool = True,
-           line: bool = True) -> list[str]:
+           line: bool = True, stripped: bool = True) -> list[str]:
     """Continue every row greedily until its line or turn ends (session: the Reader of the context, or None); the answers' first lines, stripped. Takes `past` over.
 
     early_stop: leave once every row has ended; without, every call costs the same, as a benchmark of time wants it.
     line: without, an answer goes on over its line breaks, until the turn ends or max_new_tokens are said.
+    stripped: without, an answer keeps the white space around it.
     """
     steps = Steps(model, tokenizer, logits_BV, past, max_new_tokens, session, line)
     for _ in range(max_new_tokens - 1):
@@ -255,7 +256,8 @@ def greedy(model, tokenizer, logits_BV: torch.Tensor, past: Past, max_new_tokens
             break
         steps.run()
     texts = tokenizer.batch_decode(steps.tokens_BN, skip_special_tokens=True)
-    return [(text.split("\n")[0] if line else text).strip() for text in texts]
+    said = [text.split("\n")[0] if line else text for text in texts]
+    return [text.strip() for text in said] if stripped else said
 
 
 def heard(model, rows: list[list[int]], pad_id: int, ttt: InPlaceTTT | None = None, memory: Memory | None = None) -> Past:

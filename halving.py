@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,6 +21,21 @@ class Job(Protocol):
     @property
     def count(self) -> int: ...
     def halves(self) -> list["Job"]: ...
+
+
+@dataclass(frozen=True)
+class Items:
+    """A Job of things that can be parted anywhere, without its names."""
+
+    items: list
+
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
+    def halves(self) -> list["Items"]:
+        middle = len(self.items) // 2
+        return [replace(self, items=part) for part in (self.items[:middle], self.items[middle:])]
 
 
 def in_halves(jobs: list, ask: Callable[[Job], list[dict]], bar) -> Iterator[tuple[Job, list[dict]]]:

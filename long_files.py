@@ -1,10 +1,14 @@
 """Published long-text data sets, read from files: HELMET's ICL and RAG (Yen et al. 2024, arXiv 2410.02694), LoCoMo (Maharana et al. 2024,
 arXiv 2402.17753) and LongMemEval (Wu et al. 2024, arXiv 2410.10813).
 
-Prompts are those of princeton-nlp/HELMET (data.py at 06526f146573), snap-research/locomo (task_eval) and xiaowu0162/LongMemEval
-(run_generation.py at 283612f4ef54). Where a text is longer than asked for, it is cut so that the evidence stays; a question whose
-evidence does not fit is passed over. Each candidates function is (name, tokenizer, length, seed, source) and yields the file's
-questions in an order drawn from the seed. Every defect raises UserError naming file, line or entry, field and mend.
+Prompts are those of princeton-nlp/HELMET (data.py at 4526dfbdc512), snap-research/locomo (task_eval) and xiaowu0162/LongMemEval
+(run_generation.py at 9e0b455f4ef0). Files come from a path, those of some from the hub by name (long_hub.py); none of them is part of this
+repository. Licences: HELMET's code and LongMemEval MIT, LoCoMo CC BY-NC (not for commercial use). LongMemEval's published score is the verdict
+of a paid model, which is not asked here (contains_no_judge).
+
+Where a text is longer than asked for, it is cut so that the evidence stays; a question whose evidence does not fit is passed over. Each
+candidates function is (name, tokenizer, length, seed, source) and yields the file's questions in an order drawn from the seed. Every defect
+raises UserError naming file, line or entry, field and mend.
 """
 from __future__ import annotations
 
@@ -96,8 +100,8 @@ SHOTS = {"helmet_icl_trec_coarse": {8192: 400, 16384: 800, 32768: 1600, 65536: 3
 def icl_candidates(name, tokenizer, length, seed, source):
     """source: a folder with train.jsonl and test.jsonl of CogComp/trec or PolyAI/banking77 (rows of a text and an integer label).
 
-    Shots: the published number for the published lengths, or as many as fit. Labels are shown as integers in an order of their own
-    for each question, as published.
+    Shots: the published number for the published lengths, or as many as fit. Labels are shown as integers; their order and the shots are drawn
+    for each question, as published since February 2025. Questions are drawn from all of test.jsonl (published: 500, balanced over the labels).
     """
     train, test = (labelled(Path(source) / f"{part}.jsonl", LABELS[name]) for part in ("train", "test"))
     classes = 1 + max(label for _, label in train)
@@ -105,11 +109,11 @@ def icl_candidates(name, tokenizer, length, seed, source):
     for text, label in in_drawn_order(test, name, seed):
         if label >= classes:
             raise UserError(f"{source}/test.jsonl: label {label} is not in train.jsonl; take both files from the same data set")
-        mapping = list(range(classes))
-        random.Random((text_hash(text) + HELMET_SEED) % 2**31).shuffle(mapping)
+        mapping, own_seed = list(range(classes)), (text_hash(text) + HELMET_SEED) % 2**31
+        random.Random(own_seed).shuffle(mapping)
 
-        def build(shots, text=text, label=label, mapping=mapping):
-            shown = "\n\n".join(f"{example}\nlabel: {mapping[of]}" for example, of in balanced(train, shots))
+        def build(shots, text=text, label=label, mapping=mapping, own_seed=own_seed):
+            shown = "\n\n".join(f"{example}\nlabel: {mapping[of]}" for example, of in balanced(train, shots, own_seed))
             head = ("Use the provided mapping from the text to label to assign a label to the text. "
                     'Only output "label: {label}" and nothing else. \n\n')
             return Parts(head + shown, f"\n\n{text}\nlabel:", (str(mapping[label]),))
@@ -126,9 +130,9 @@ def labelled(path, name: str) -> list[tuple[str, int]]:
     return rows
 
 
-def balanced(train, shots: int) -> list[tuple[str, int]]:
-    """HELMET's draw: rounds in which every label stands once, the same for every question."""
-    rng = random.Random(HELMET_SEED)
+def balanced(train, shots: int, seed: int) -> list[tuple[str, int]]:
+    """HELMET's draw for a question: rounds in which every label stands once."""
+    rng = random.Random(seed)
     by_label = {}
     for example in train:
         by_label.setdefault(example[1], []).append(example)
@@ -215,7 +219,8 @@ ASK_5 = "\n\n\nBased on the above context, answer the following question."
 
 
 def locomo_candidates(name, tokenizer, length, seed, source):
-    """source: locomo10.json. units: turns kept, the latest; the earliest evidence of the question is among them.
+    """source: locomo10.json (data/ of snap-research/locomo; CC BY-NC). units: turns kept, the latest; the earliest evidence of the question is
+    among them. Evidence that names no turn (a few do: "D", "D:11:26") is passed over.
 
     Sessions stand in the order of time. A question of category 5 has two options, one of them that it was not mentioned.
     """
@@ -284,7 +289,8 @@ def locomo_question(asked, category: int, where: str, state: str) -> tuple[str, 
 # --- LongMemEval ---------------------------------------------------------------------------------------------------------------
 
 def longmemeval_candidates(name, tokenizer, length, seed, source):
-    """source: longmemeval_s.json or longmemeval_oracle.json. units: sessions without evidence, the earliest in the file.
+    """source: longmemeval_s_cleaned.json or longmemeval_oracle.json of xiaowu0162/longmemeval-cleaned, or the release of 2024 (longmemeval_s.json).
+    units: sessions without evidence, the earliest in the file.
 
     The history is in natural language and complete turns. Questions that have no answer (ids ending in _abs) are left out: only the
     judge can score them.

@@ -5,6 +5,7 @@ largest that a budget of tokens holds.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -58,33 +59,33 @@ class Fitted(NamedTuple):
     units: int
 
 
+PROPORTIONAL = 8  # sizes tried in proportion; what is not found by then, units of very unlike lengths, is bisected
+
+
 def fit(candidate: Candidate, tokenizer, room: int) -> Fitted | None:
     """The candidate at the largest size whose prompt has at most `room` tokens; None where not even the least has.
 
-    Doubles, then bisects. Texts of different sizes are drawn anew, so "largest" holds up to the spread of their lengths; the
-    returned one is always counted.
+    Sizes are tried in proportion to what the units took so far: to count the tokens of a long text is what an item costs. Texts of different sizes
+    are drawn anew, so "largest" holds up to the spread of their lengths; the returned one is always counted.
     """
     def attempt(units):
         parts = candidate.build(units)
-        tokens = count_tokens(tokenizer, parts)
-        return Fitted(parts, tokens, units) if tokens <= room else None
+        return Fitted(parts, count_tokens(tokenizer, parts), units)
 
     best = attempt(candidate.least)
-    if best is None:
+    if best.tokens > room:
         return None
-    too_large, step = None, 1
-    while too_large is None and best.units != candidate.most:
-        units = best.units + step if candidate.most is None else min(best.units + step, candidate.most)
-        found = attempt(units)
-        if found is None:
-            too_large = units
+    top = math.inf if candidate.most is None else candidate.most  # no larger size fits
+    rate, tries = 0.0, 0                                          # tokens of a unit; sizes tried
+    while best.units < top:
+        if tries < PROPORTIONAL or top == math.inf:
+            more = int((room - best.tokens) / rate) if rate > 0 else best.units  # units that took no tokens say nothing: twice as many
         else:
-            best, step = found, 2 * step
-    while too_large is not None and too_large - best.units > 1:
-        units = (best.units + too_large) // 2
-        found = attempt(units)
-        if found is None:
-            too_large = units
-        else:
+            more = int(top - best.units) // 2
+        found = attempt(int(min(best.units + max(1, more), top)))
+        rate, tries = (found.tokens - best.tokens) / (found.units - best.units), tries + 1
+        if found.tokens <= room:
             best = found
+        else:
+            top = found.units - 1
     return best

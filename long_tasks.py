@@ -2,13 +2,16 @@
 
     python long_tasks.py --list                                     the tasks, where they come from and what they need
     python long_tasks.py --task vt --length 1024 --show 1           prints items
-    python long_tasks.py --profile dev --out items.jsonl            writes a profile's items; --source TASK=PATH names the files it needs
+    python long_tasks.py --profile dev --out items.jsonl            writes a profile's items; --source TASK=PATH names the files it needs,
+                                                                    TASK=hub those that the hub has by name (long_hub.py)
 """
 from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -16,6 +19,7 @@ from transformers import AutoTokenizer
 
 from gguf_packages import available, converted_folder
 from long_files import icl_candidates, locomo_candidates, longmemeval_candidates, rag_candidates
+from long_hub import HUB, fetched
 from long_items import Candidate, Item, Parts, count_tokens, fit
 from long_ruler import (NEEDLES, RECALL_NEW_TOKENS, common_candidates, frequent_candidates, needle_candidates, recall_candidates,
                         tracking_candidates)
@@ -62,7 +66,7 @@ TASKS = {task.name: task for task in (
       for name in ("nq", "hotpotqa")),
     Task("locomo", "LoCoMo (Maharana et al. 2024)", "by category", 32, locomo_candidates, "locomo10.json", 4096),
     Task("longmemeval", "LongMemEval (Wu et al. 2024)", "contains_no_judge", 500, longmemeval_candidates,
-         "longmemeval_s.json or longmemeval_oracle.json", 8192),
+         "longmemeval_s_cleaned.json or longmemeval_oracle.json", 8192),
 )}
 
 
@@ -110,22 +114,28 @@ def make(task: str, tokenizer, length: int, count: int, seed: int, source=None) 
                     "take fewer, or a longer length")
 
 
+def make_all(asked: list[tuple], workers: int = 1) -> list[Item]:
+    """The items of several calls of make, whose arguments `asked` holds, in that order. workers: processes that make them, a call at a time each."""
+    if workers == 1:
+        return [item for arguments in asked for item in make(*arguments)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:  # forked, as by torch's loaders: they inherit the tokenizer
+        return [item for items in pool.map(make, *zip(*asked)) for item in items]
+
+
 def score(item: Item, prediction: str) -> float:
     """The published metric of the item, 0 to 1."""
     return METRICS[item.metric](prediction, item.answers)
 
 
-def profile_items(name: str, tokenizer, seed: int, sources: dict[str, object]) -> Iterator[Item]:
+def profile_items(name: str, tokenizer, seed: int, sources: dict[str, object], workers: int = 1) -> list[Item]:
     """The items of a profile, task by task; a task that needs a file takes part where `sources` names one for it."""
     profile = PROFILES[name]
     for task in sources:
         if find_task(task).needs is None:
             raise UserError(f"--source {task}=...: the task needs no file; leave it out")
-    for task in TASKS.values():
-        if task.needs is None or task.name in sources:
-            for length in profile.lengths:
-                if length >= task.shortest:
-                    yield from make(task.name, tokenizer, length, profile.count, seed, sources.get(task.name))
+    return make_all([(task.name, tokenizer, length, profile.count, seed, sources.get(task.name))
+                     for task in TASKS.values() if task.needs is None or task.name in sources
+                     for length in profile.lengths if length >= task.shortest], workers)
 
 
 def write_items(items: list[Item], path: Path) -> None:
@@ -154,20 +164,28 @@ def read_items(path, tokenizer) -> list[Item]:
     return items
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a model of the table, a folder or a hub id, without its weights."""
+def tokenizer_folder(model: str) -> Path | None:
+    """Where the tokenizer of a model of the table, a folder or a hub id lies; None where it reads bytes."""
     row = find_row(model)
     if row.hub is None:
-        return byte_tokenizer()
+        return None
     packaged = row.gguf and available(row.name, row.gguf)
-    return AutoTokenizer.from_pretrained(converted_folder(row.name, row.gguf) if packaged else hub_folder(row))
+    return converted_folder(row.name, row.gguf) if packaged else hub_folder(row)
+
+
+def load_tokenizer(model: str):
+    """The model's tokenizer, without its weights."""
+    folder = tokenizer_folder(model)
+    return byte_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
 
 
 def parse_sources(pairs: list[str]) -> dict[str, str]:
+    """{task: path}; what is to come from the hub is there then."""
     for pair in pairs:
         if not all(pair.partition("=")):
             raise UserError(f"--source {pair}: write TASK=PATH")
-    return dict(pair.split("=", 1) for pair in pairs)
+    sources = dict(pair.split("=", 1) for pair in pairs)
+    return {task: str(fetched(task)) if path == HUB else path for task, path in sources.items()}
 
 
 def print_tasks(sources: dict[str, str]) -> None:
@@ -196,9 +214,12 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=1, metavar="K", help="how many items (default 1)")
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (default smollm2-135m)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs; may be repeated")
+    parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs, or hub; may be repeated")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make the items of --profile (default 1)")
     parser.add_argument("--out", type=Path, help="a .jsonl for the items of --profile")
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: use 1 or more")
     sources = parse_sources(arguments.source)
     if arguments.list:
         print_tasks(sources)
@@ -209,7 +230,7 @@ def main() -> None:
     elif arguments.out is None:
         parser.error("--profile needs --out FILE")
     else:
-        items = list(profile_items(arguments.profile, load_tokenizer(arguments.model), arguments.seed, sources))
+        items = profile_items(arguments.profile, load_tokenizer(arguments.model), arguments.seed, sources, arguments.workers)
         write_items(items, arguments.out)
         print(f"{arguments.out}: {len(items)} items")
 

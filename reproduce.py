@@ -34,7 +34,7 @@ JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 # The arms that go on at length: 200 updates of 32,768 tokens; one of smollm2-deep (41,300) took 0.48 s, so 2 minutes and what attention over 2,048 adds.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "400", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
-LONG = ("--lengths", "1024,2048,4096,8192", "--count", "20")
+LONG = ("--lengths", "1024,2048,4096,8192", "--count", "20", "--workers", "6")
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
 MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"
 BY_HAND = ("--benchmark", "natural_v1.json")
@@ -98,19 +98,20 @@ def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
     return [Arm(arm, **({"asks": SEED} | (first if seed == numbers[0] else {})), train=train, model=model, seed=seed) for seed in numbers]
 
 
-def joint(arm: str, of: str, numbers, model=()) -> list[Arm]:
-    return [Arm(arm, SEED, (*TRAIN, *JOINT), model, seed, start=of + (f"-seed{seed}" if seed else "")) for seed in numbers]
+def joint(arm: str, starts: dict[int, str], model=()) -> list[Arm]:
+    """Joint arms by seed, each with the row it starts from."""
+    return [Arm(arm, SEED, (*TRAIN, *JOINT), model, seed, start=start) for seed, start in starts.items()]
 
 
 ARMS = {row.name: row for row in (
     *seeds("qwen-deep", (0, 1, 2), (*TRAIN, "--updates", "3300"), QWEN, asks=FIRST, prose=("en", "zh")),
-    *seeds("smollm2-deep", (0, 2, 3), TRAIN, asks=FIRST, prose=("en",)),
+    *seeds("smollm2-deep", (0, 1, 2), TRAIN, asks=FIRST, prose=("en",)),
     Arm("gemma3-deep", FIRST, (*TRAIN, "--updates", "2400"), GEMMA, prose=("en", "zh")),
     Arm("smollm2-tuned", CEILING, (*TRAIN, "--objective", "context"), tuned=True),
     Arm("qwen-tuned", CEILING, (*TRAIN, "--objective", "context", "--updates", "1100"), QWEN, tuned=True),
     Arm("gemma3-tuned", CEILING, (*TRAIN, "--objective", "context", "--updates", "1100"), GEMMA, tuned=True),
-    *joint("smollm2-joint", "smollm2-deep", (0, 2, 3)),
-    *joint("qwen-joint", "qwen-deep", (0, 1, 2), QWEN),
+    *joint("smollm2-joint", {0: "smollm2-deep", 1: "smollm2-deep", 2: "smollm2-deep-seed2"}),  # seed 1's adapter is not kept
+    *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN), *study("gemma3", 4, GEMMA),
     longer("smollm2-deep"), longer("qwen-deep", QWEN),

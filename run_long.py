@@ -2,23 +2,17 @@
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
-Modes:
-    in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
-    ttt_empty    the same prompt, read with an empty memory: what a W_down that was trained too changes by itself (arms of --w-down, when asked for)
-    ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
-                 chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
-                 reads the question with that memory: it has nothing to read back before its text ends
-    ttt_strict   the document written and dropped, then the question alone
-
-Document and question are the same tokens in every mode (long_items.py). Rows go to OUT/predictions.jsonl as they come, OUT/run.json holds what is
-needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and said so. Next: report_long.py.
+The modes: in_context, ttt_empty, ttt_paper and ttt_strict (long_modes.py). Document and question are the same tokens in every mode (long_items.py). Items are
+made here, the same for the same tokenizer and seed (a profile's in a minute or two), so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
+they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
+said so. Next: report_long.py.
 """
 from __future__ import annotations
 
 import argparse
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,25 +20,22 @@ import torch
 from tqdm import tqdm
 
 import long_tasks
-from decoding import answers_to, greedy, prefill, write_rows
-from halving import in_halves
+from decoding import greedy
+from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
+from long_modes import MODES, USUAL, asked, check_mode
 from manifests import UserError, provenance, run_script
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
-from prompts import encode, start_ids, written_ids
+from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
-
-MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict")
-ASKED = ("in_context", "ttt_paper", "ttt_strict")  # of an adapter, unless told otherwise
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Items):
     """Items of one task and length, asked together in one mode."""
 
     mode: str
-    items: list[Item]
 
     @property
     def kind(self) -> str:
@@ -53,14 +44,6 @@ class Job:
     @property
     def first(self) -> str:
         return name_of(self.items[0])
-
-    @property
-    def count(self) -> int:
-        return len(self.items)
-
-    def halves(self) -> list["Job"]:
-        middle = len(self.items) // 2
-        return [replace(self, items=part) for part in (self.items[:middle], self.items[middle:])]
 
 
 def name_of(item: Item) -> str:
@@ -79,7 +62,7 @@ def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
                 groups.setdefault((item.task, item.length), []).append(item)
         for (_, length), group in groups.items():
             size = max(1, batch_tokens // length)
-            jobs += [Job(mode, group[i:i + size]) for i in range(0, len(group), size)]
+            jobs += [Job(group[i:i + size], mode) for i in range(0, len(group), size)]
     return jobs
 
 
@@ -92,26 +75,10 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     begun = time.perf_counter()
-    start, pad = start_ids(tokenizer), tokenizer.pad_token_id
     documents = [written_ids(tokenizer, item.document) for item in job.items]
     questions = [encode(tokenizer, item.question) for item in job.items]
-    whole, new_tokens = [d + q for d, q in zip(documents, questions)], job.items[0].new_tokens
-    if job.mode == "in_context":
-        said, _ = answers_to(model, tokenizer, whole, new_tokens, line=False)
-    elif job.mode == "ttt_empty":
-        empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
-        said, _ = answers_to(model, tokenizer, whole, new_tokens, None, ttt, empty, line=False)
-    elif job.mode == "ttt_strict":
-        memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
-        said, _ = answers_to(model, tokenizer, [start + q for q in questions], new_tokens, None, ttt, memory, line=False)
-    elif ttt.config.chunk is None or ttt.config.read_attention:
-        memory, past = write_rows(model, ttt, documents, pad)
-        said, _ = answers_to(model, tokenizer, questions, new_tokens, past, ttt, memory, line=False)
-    else:
-        with ttt.write() as writer:
-            logits, past = prefill(model, whole, pad, session=writer)
-        with ttt.read(writer.memory()) as session:
-            said = greedy(model, tokenizer, logits, past, new_tokens, session, line=False)
+    with asked(model, tokenizer, ttt, job.mode, documents, questions) as (logits, past, session):
+        said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
     if cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / len(job.items)
@@ -136,8 +103,8 @@ def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
         wanted = arguments.tasks.split(",") if arguments.tasks else [name for name, task in long_tasks.TASKS.items() if task.needs is None or name in sources]
         late = [(name, length) for name in wanted for length in lengths if not arguments.tasks and length < long_tasks.find_task(name).shortest]
         left_out = [f"{name} at {length} tokens: it begins at {long_tasks.find_task(name).shortest}" for name, length in late]
-        items = [item for length in lengths if length <= window for name in wanted if (name, length) not in late
-                 for item in long_tasks.make(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))]
+        items = long_tasks.make_all([(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))
+                                     for length in lengths if length <= window for name in wanted if (name, length) not in late], arguments.workers)
     left_out += [f"length {length}: the model's window is {window} tokens" for length in lengths if length > window]
     items = [item for item in items if item.length <= window]
     if not items:
@@ -149,23 +116,24 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is asked of whom")
     what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
-    what.add_argument("--adapter", help="checkpoint folder of an arm without a LoRA on its base, for the modes that write")
-    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(ASKED)}, without --adapter in_context)")
+    what.add_argument("--adapter", help="checkpoint folder of an arm, for the modes that write")
+    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(USUAL)}, without --adapter in_context)")
     what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
     what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
     what.add_argument("--lengths", help="tokens of prompt and answer, comma-separated (default: the profile's)")
     what.add_argument("--count", type=int, help="items of each task and length (default: the profile's)")
     what.add_argument("--seed", type=int, default=0, help="of the items (default: %(default)s)")
     what.add_argument("--items", help="file of items that `python long_tasks.py --profile NAME --out FILE` wrote, in place of all of the above")
-    what.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs; may be repeated")
+    what.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="the file or folder that a task needs, or hub (long_hub.py); may be repeated")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--out", help="results folder (default: results/long/<arm>)")
     how.add_argument("--resume", action="store_true", help="go on with the rows that OUT already holds")
     how.add_argument("--batch-tokens", type=int, default=16384, help="tokens of documents in a batch (default: %(default)s)")
+    how.add_argument("--workers", type=int, default=1, help="processes that make the items (default: %(default)s)")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(ASKED))).split(",")
+    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(USUAL))).split(",")
     for mode in arguments.modes:
         if mode not in MODES:
             raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
@@ -173,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--modes {mode}: needs --adapter")
     if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
         raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
-    for name in ("count", "batch_tokens"):
+    for name in ("count", "batch_tokens", "workers"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
     return arguments
@@ -186,10 +154,8 @@ def main() -> None:
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
-    if manifest.get("lora"):
-        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; give an arm without --joint")
-    if "ttt_empty" in arguments.modes and manifest["frozen"]:
-        raise UserError(f"--modes ttt_empty: {arguments.adapter} has the base's own W_down, so an empty memory changes nothing; leave it out")
+    for mode in arguments.modes:
+        check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)
     for line in left_out:
         print(f"left out: {line}")

@@ -14,9 +14,9 @@ import long_files
 import long_ruler
 import long_tasks
 from gguf_packages import available
-from long_items import Candidate, Parts, fit
+from long_items import PROPORTIONAL, Candidate, Parts, fit
 from long_scores import METRICS
-from long_tasks import NOISE_TASKS, PROFILES, TASKS, find_task, load_tokenizer, make, profile_items, score
+from long_tasks import NOISE_TASKS, PROFILES, TASKS, find_task, load_tokenizer, make, make_all, profile_items, score
 from manifests import UserError
 from model_utils import MODELS, byte_tokenizer
 
@@ -179,6 +179,22 @@ def test_the_largest_size_that_fits(bytes_):
     assert sized(1, 7, 100) == (7, 8) and sized(7, 7, 8) == (7, 8) and sized(5, None, 5) is None
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_units_of_very_unlike_lengths_are_sized_too_and_in_few_steps(bytes_, seed):
+    rng = random.Random(seed)
+    ends = [0]
+    for _ in range(400):
+        ends.append(ends[-1] + rng.choice((0, 1, 1, 2, 300)))
+    tried, room = [], rng.randrange(1, ends[-1])
+
+    def build(units):
+        tried.append(units)
+        return Parts("x" * ends[units], "?", ("a",))
+    found = fit(Candidate(build, 0, 400, "first_word"), bytes_, room)
+    assert found.units == max(units for units in range(401) if ends[units] + 1 <= room)
+    assert len(tried) == len(set(tried)) <= 1 + PROPORTIONAL + 9  # the last halve 400 units
+
+
 @pytest.mark.parametrize("arguments, words", [
     (("niah_multivalue", 1024, 1, 0), ("essays", "--source niah_multivalue=PATH", "niah_multivalue_noise")),
     (("niah_single_2", 1024, 1, 0), ("essays", "--source")),
@@ -294,7 +310,7 @@ def test_icl(tmp_path, bytes_, monkeypatch):
 def test_icl_labels_are_drawn_as_published():
     train = [(f"text {i}", i % 3) for i in range(9)]
     for shots in (3, 7, 9):
-        shown = long_files.balanced(train, shots)
+        shown = long_files.balanced(train, shots, seed=5)
         assert len(shown) == shots and all({label for _, label in shown[i:i + 3]} == {0, 1, 2} for i in range(0, shots - 2, 3))
 
 
@@ -392,6 +408,31 @@ def test_files_that_cannot_be_read(tmp_path, name, content, words):
     assert str(path) in str(error.value)
 
 
+def test_files_from_the_hub(tmp_path, bytes_, monkeypatch):
+    asked = []
+
+    def load(*arguments, **settings):
+        asked.append((arguments, settings))
+        rows = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        folder = icl_folder(tmp_path / "published")
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows(folder / f"{split}.jsonl")) for split in ("train", "test")})
+    monkeypatch.setenv("TTT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for _ in range(2):
+        sources = long_tasks.parse_sources(["helmet_icl_trec_coarse=hub", "vt=./hub"])
+        items = make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, sources["helmet_icl_trec_coarse"])
+    assert items == make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, tmp_path / "published") and sources["vt"] == "./hub"
+    assert asked == [(("CogComp/trec",), {"revision": "refs/convert/parquet"})]
+
+
+@pytest.mark.parametrize("task, words", [("helmet_icl_banking77", "PolyAI/banking77"), ("longmemeval", "xiaowu0162/longmemeval-cleaned"), ("locomo", "by name")])
+def test_without_the_hub_one_line_says_what_it_needs(tmp_path, run_main, monkeypatch, task, words):
+    monkeypatch.setenv("TTT_CACHE", str(tmp_path / "cache"))  # and conftest.py keeps the hub out of reach
+    code, _, error = run_main(long_tasks.main, ["long_tasks.py", "--task", task, "--source", f"{task}=hub", "--model", "tiny-llama"])
+    assert code == 2 and words in error and f"--source {task}=PATH" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 # --- profiles and the script -----------------------------------------------------------------------------------------
 
 def test_the_dev_profile_needs_no_file(bytes_, monkeypatch):
@@ -400,6 +441,13 @@ def test_the_dev_profile_needs_no_file(bytes_, monkeypatch):
     assert [item.task for item in profile_items("dev", bytes_, 0, {})] == [name for name in SYNTHETIC if name != "cwe"]
     with pytest.raises(UserError, match="needs no file"):
         list(profile_items("dev", bytes_, 0, {"vt": "x"}))
+
+
+def test_several_processes_make_the_same_items(bytes_, tmp_path):
+    asked = [(name, bytes_, length, 2, 3) for name in ("vt", "mqar") for length in (2048, 3000)]
+    assert make_all(asked, workers=2) == make_all(asked) and make_all([], workers=2) == []
+    with pytest.raises(UserError, match="too short"):
+        make_all([*asked, ("cwe", bytes_, 1024, 1, 0)], workers=2)
 
 
 def test_script(run_main, tmp_path):

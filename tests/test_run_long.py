@@ -97,9 +97,7 @@ def test_an_answer_does_not_depend_on_its_batch(long_run, adapter):
 
 def test_an_answer_may_have_several_lines(long_run, adapter, monkeypatch):
     heard = []
-    several = lambda *a, **k: (heard.append(k["line"]), ["1. one\n2. two"] * 2)[1]
-    monkeypatch.setattr(run_long, "answers_to", lambda *a, **k: (several(*a, **k), None))
-    monkeypatch.setattr(run_long, "greedy", several)
+    monkeypatch.setattr(run_long, "greedy", lambda *a, **k: (heard.append(k["line"]), ["1. one\n2. two"] * 2)[1])
     rows = long_run("--adapter", adapter)[3]
     assert heard == [False] * 3 and all(row["prediction"] == "1. one\n2. two" for row in rows)
 
@@ -141,7 +139,7 @@ def test_items_from_a_file_are_the_items_made_here(long_run, run_main, model, tm
     assert "no item" in call("broken")[2]
 
 
-@pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"),
+@pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"), (["--workers", "0"], "--workers 0"),
                                          (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "haystack")])
 def test_bad_arguments(long_run, tmp_path, more, named):
     code, _, err, _ = long_run(*more)

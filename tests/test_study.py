@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, assert_same_memory, batch_of, run, strengthen, tiny, token_rows, widen, write_once
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_run_experiment import save_fast_weights, save_tiny
+from test_run_experiment import save_fast_weights, save_joint, save_tiny
 from test_train import CPU, a_short_bank, attached, call, command, conversations, directional, interrupt_at, log_rows  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -22,7 +21,7 @@ import run_long
 import sanity
 import train_minimal
 import training_bank
-from arms import base_digest, save_lora
+from arms import base_digest
 from decoding import write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import read_manifest
@@ -276,14 +275,10 @@ def test_the_checks_of_sanity_refuse_it_in_one_line(model, adapter, run_main):
     assert code == 2 and len(err.splitlines()) == 1 and "W_down was trained too" in err and "--w-down" in err
 
 
-def test_a_lora_on_the_base_is_still_refused_for_long_texts(model, run_main, tmp_path):
-    loaded = load_model(model)
-    lora = get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
-    save_lora(tmp_path / "a", lora)
-    lora.unload()
-    save_fast_weights(tmp_path / "a", model, frozen=False, lora={"r": 2})
+def test_a_joint_arm_is_not_asked_as_the_untouched_base(model, run_main, tmp_path):
+    save_joint(tmp_path / "a", model)
     code, _, err = run_main(run_long.main, ["run_long.py", "--model", model, "--adapter", tmp_path / "a", "--device", "cpu", "--out", tmp_path / "r"])
-    assert code == 2 and "has a LoRA on its base" in err and not (tmp_path / "r").exists()
+    assert code == 2 and "test is a joint arm with a LoRA on its base" in err and not (tmp_path / "r").exists()
 
 
 @torch.no_grad()

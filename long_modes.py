@@ -1,0 +1,78 @@
+"""The modes in which a long text is asked about: what a question sees of its document, and what the fast weights do meanwhile.
+
+    in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
+    ttt_empty    the same prompt, read with an empty memory: what a W_down that was trained too changes by itself
+    ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
+                 chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
+                 reads the question with that memory: it has nothing to read back before its text ends
+    ttt_strict   the document written and dropped, then the question alone
+
+run_long.py asks its own tasks in them, lm_eval_model.py those of lm-evaluation-harness.
+"""
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator, NamedTuple
+
+import torch
+
+from decoding import Past, prefill, write_rows
+from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import UserError
+from prompts import start_ids
+
+MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict")
+USUAL = ("in_context", "ttt_paper", "ttt_strict")  # of any arm; ttt_empty is for arms of --w-down
+
+
+class Asked(NamedTuple):
+    """B questions that were heard, before the first token of their answers."""
+
+    logits_BV: torch.Tensor   # of the first token
+    past: Past                # what attention still sees
+    session: object | None    # the Reader of the context this runs in, if fast weights are read
+
+
+def check_mode(mode: str, manifest: dict, option: str) -> None:
+    """UserError where an arm cannot be asked in that mode. manifest: the arm's, empty for a base; option: what names the mode, for the message."""
+    if mode == "in_context" and manifest.get("lora"):
+        raise UserError(f"{option}: {manifest['arm']} is a joint arm with a LoRA on its base, so in_context would not be the untouched base; ask the base without an adapter")
+    if mode == "ttt_empty" and manifest.get("frozen", True):
+        raise UserError(f"{option}: {manifest['arm']} has the base's own W_down, so an empty memory changes nothing; leave the mode out")
+
+
+def writes_as_it_reads(config: TTTConfig) -> bool:
+    """Whether an arm can read back what it has written before its text ends."""
+    return config.chunk is not None and not config.read_attention
+
+
+def splits(mode: str, ttt: InPlaceTTT | None) -> bool:
+    """Whether the mode needs to know where the document ends and the question begins."""
+    return mode == "ttt_strict" or (mode == "ttt_paper" and not writes_as_it_reads(ttt.config))
+
+
+@contextlib.contextmanager
+def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[list[int]], questions: list[list[int]]) -> Iterator[Asked]:
+    """Ask each question (token rows without a start) about its document (token rows with the start, prompts.written_ids), in the mode; what the
+    answer needs is there inside of the context. A question may be empty where the mode does not split."""
+    start, pad = start_ids(tokenizer), tokenizer.pad_token_id
+    whole = [document + question for document, question in zip(documents, questions)]
+    if mode == "in_context":
+        yield Asked(*prefill(model, whole, pad), None)
+    elif mode == "ttt_empty":
+        empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
+        with ttt.read(empty) as session:
+            yield Asked(*prefill(model, whole, pad, session=session), session)
+    elif mode == "ttt_strict":
+        memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
+        with ttt.read(memory) as session:
+            yield Asked(*prefill(model, [start + question for question in questions], pad, session=session), session)
+    elif splits(mode, ttt):
+        memory, past = write_rows(model, ttt, documents, pad)
+        with ttt.read(memory) as session:
+            yield Asked(*prefill(model, questions, pad, past, session), session)
+    else:
+        with ttt.write() as writer:
+            logits_BV, past = prefill(model, whole, pad, session=writer)
+        with ttt.read(writer.memory()) as session:
+            yield Asked(logits_BV, past, session)
