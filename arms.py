@@ -41,6 +41,11 @@ class Arm:
         if config is not None:
             self.ttt = load_adapter(start, loaded, lora_is_on=joint)[0].requires_grad_(True) if earlier else fresh(loaded, config, seed)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the base was trained: no LoRA on it, and no W_down of a TTT layer."""
+        return self.lora is None and not self.ttt.config.w_down
+
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Every trained parameter by name; a LoRA's names begin with "lora."."""
         parts = {} if self.ttt is None else dict(self.ttt.named_parameters())

@@ -224,7 +224,7 @@ def arm_report(model, arm, runs, settings):
     for row in rows:
         parts.setdefault((row["level"], row["lang"]), defaultdict(list))[row["condition"]].append(row)
     shown = ("name", "commit", "command", "seed", "device", "dtype", "versions", "complete")
-    entry = {"arm": arm, "model": model, "frozen": runs[0]["frozen"], "objective": runs[0]["objective"],
+    entry = {"arm": arm, "model": model, "frozen": runs[0]["frozen"], "w_down": bool((runs[0].get("ttt") or {}).get("w_down")), "objective": runs[0]["objective"],
              "seeds": sorted({run["seed"] for run in runs}, key=str), "complete": all(run["complete"] for run in runs),
              "kv_bytes": kv_bytes(runs), "snapshot_of": runs[0].get("snapshot_of"), "conversations_seen": runs[0].get("conversations_seen"),  # runs from before have neither
              "conditions": {}, "ratios": {}, "tests": {}, "pooled_levels": pooled_levels(rows, settings),

@@ -52,6 +52,7 @@ class TTTConfig:
     value_rank: int = 0               # P is a diagonal and a product of this rank; 0: a full D x D matrix
     calibrated: bool = False          # values in units of the residual stream's RMS at the layer, measured once
     blind: bool = False               # a text is read by the base alone: earlier memory is not applied while writing
+    w_down: bool = False              # W_down of these layers is trained too: the arm is then not frozen
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -80,6 +81,7 @@ class TTTConfig:
             (self.sparse and not self.gate, "sparse shapes the gate; switch gate on"),
             (not 0 < self.shut_below < WIDE_OPEN, f"shut_below is {self.shut_below}; use a number between 0 and 11/12"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
+            (self.w_down and self.blind, "w_down changes what reads a text while it is written, and a blind text is read by the base alone; switch blind off"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
         ]
         for wrong, message in problems:
@@ -108,7 +110,7 @@ class FastWeight(nn.Module):
     log_ridge [1]; with a key map of rank R: key_in and query_in [D, R], key_up and query_up [R, F]; with codes of sizes a * b = F:
     key_code [D + Z, a + b], query_code [D, a + b] and their biases; with the write attention: key_attend [D, 3 Z]; with the read
     attention: query_attend [D, 3 Z] and query_code is [D + Z, a + b]; deep: neither, the side streams have them; with the read
-    gate: open [D], open_bias [1]; with the threshold: open_met [1].
+    gate: open [D], open_bias [1]; with the threshold: open_met [1]; with w_down: down_delta [D, F], what training has added to W_down.
     value_unit is the u of in_place_ttt.py: 1, the RMS of the layer's W_down, or (calibrated) a measured number.
     """
 
@@ -148,6 +150,8 @@ class FastWeight(nn.Module):
             self.open, self.open_bias = nn.Parameter(torch.zeros(hidden_size)), nn.Parameter(torch.ones(1))
         if config.threshold:
             self.open_met = nn.Parameter(torch.ones(1))
+        if config.w_down:  # a sum beside the base's own weight, which stays as it is: in float32 small steps are not lost, and off is off
+            self.down_delta = nn.Parameter(torch.zeros(hidden_size, feed_forward))
 
     def _add_target(self, suffix: str, hidden_size: int, draw) -> None:
         """conv and P at their start, named with the suffix."""
@@ -349,8 +353,8 @@ def whole_or_long(held, config: TTTConfig) -> torch.Tensor | LongBias | None:
 
 
 def writes(name: str) -> bool:
-    """Whether a parameter of FastWeight takes part in slots and contents; the others are of the queries, the read gate and the solve."""
-    return not name.startswith(("query", "open", "log_ridge"))
+    """Whether a parameter of FastWeight takes part in slots and contents; the others are of the queries, the read gate, the solve and W_down."""
+    return not name.startswith(("query", "open", "log_ridge", "down_delta"))
 
 
 def code_sizes(feed_forward: int) -> tuple[int, int]:

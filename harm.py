@@ -88,8 +88,8 @@ def main() -> None:
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, find_row(arguments.model))
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded)
-    if not manifest["frozen"]:
-        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so there is no base alone to compare with; give a frozen arm")
+    if manifest["lora"]:
+        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so there is no base alone to compare with; give an arm without --joint")
     rows = measure(loaded, ttt, samples, arguments.tokens, arguments.batch_size)
     found = summary(rows)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -208,6 +208,8 @@ def relative_source(name: str, commit: str) -> str:
 
 def card(loaded: Loaded, manifest: dict, merged: bool) -> str:
     row, langs, joint = loaded.row, manifest["langs"], bool(manifest["lora"])
+    trained = "joint: a LoRA on the base was trained along" if joint else "the base frozen" if manifest["frozen"] else (
+        "not frozen: W_down of the TTT layers was trained along, and is used while a text is written or a memory read, never without")
     hub, licence = manifest["base"]["hub"], LICENCES.get(row.licence, "other")
     front = ModelCardData(
         base_model=hub, base_model_relation=(("finetune" if merged else "adapter") if hub else None), license=licence,
@@ -221,7 +223,7 @@ def card(loaded: Loaded, manifest: dict, merged: bool) -> str:
     source = f"dequantised from a GGUF (`{row.gguf.install}`)" if row.gguf and loaded.source == "packages" else f"from {loaded.source}"
     facts = {
         "base": f"{hub or row.name} {row.revision or ''}".strip(), "base's weights": f"{source}, SHA-256 {loaded.sha256}",
-        "arm": f"{manifest['arm']}, " + ("joint: a LoRA on the base was trained along" if joint else "the base frozen"),
+        "arm": f"{manifest['arm']}, {trained}",
         "trained on": f"{manifest['data']} ({', '.join(langs)}), SHA-256 {manifest['data_sha256']}",
         "objective": f"{manifest['objective']}, {manifest['updates']} updates, seed {manifest['seed']}" + (f", from {start['arm']}" if start else ""),
         "commit of the training": manifest["commit"], "commit of the export": current_commit(), "adapter's SHA-256": manifest["files"][ADAPTER]}

@@ -25,6 +25,7 @@ suits bases whose activations and weights differ in size by orders of magnitude.
     value rank  P is a diagonal plus a product of this rank
     blind    a text is read by the base alone while it is written, whatever was written before
     target both        t_i P is the sum of such a term from the token embeddings and one from x
+    w_down   W_down + a trained D x F matrix stands in W_down's place, while writing and reading alone
 
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
 The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP, bit for bit.
@@ -55,12 +56,15 @@ class TTTMLP(nn.Module):
         self._owner = (owner,)  # a tuple, so that the adapter is not registered as a part of the base
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        session = self._owner[0].session
+        owner = self._owner[0]
+        session = owner.session
         if session is None:
             return self.base(x_BLD)
         h_BLF = self.base.act_fn(self.base.gate_proj(x_BLD)) * self.base.up_proj(x_BLD)
         share_BLD = session.layer(self.index, x_BLD, h_BLF)
         out_BLD = self.base.down_proj(h_BLF)
+        if owner.config.w_down:
+            out_BLD = out_BLD + nn.functional.linear(h_BLF, owner.fast[str(self.index)].down_delta.to(h_BLF.dtype))
         return out_BLD if share_BLD is None else out_BLD + share_BLD.to(out_BLD.dtype)
 
 

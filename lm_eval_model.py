@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from decoding import SEGMENT, check_window, forward_all, greedy, pad_left
 from halving import Items, in_halves
-from long_modes import MODES, asked, splits
+from long_modes import MODES, asked, check_mode, splits
 from long_tasks import tokenizer_folder
 from manifests import UserError, current_commit, run_script
 from model_utils import find_row, load_adapter, load_model, pick_device
@@ -88,9 +88,7 @@ class ModeModel:
         device, dtype, _ = pick_device(device, dtype, row)
         self.loaded = load_model(model, device, dtype)
         self.ttt, self.manifest = load_adapter(adapter, self.loaded) if adapter else (None, {})
-        if mode == "in_context" and not self.manifest.get("frozen", True):
-            raise UserError(f"--model_args adapter={adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; "
-                            "leave it out")
+        check_mode(mode, self.manifest, f"--model_args mode={mode}")
         self.mode, self.question_at, self.batch_size = mode, question_at, int(batch_size)
         self.tokenizer = self.loaded.tokenizer
 

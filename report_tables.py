@@ -101,7 +101,8 @@ def arm_text(arm):
 
 def kind_text(arm):
     seeds = [seed for seed in arm["seeds"] if seed is not None]
-    parts = ["frozen base" if arm["frozen"] else "joint (base trained too)", f"objective {arm['objective']}"]
+    trained = "W_down of its TTT layers trained too" if arm.get("w_down") else "joint (base trained too)"
+    parts = ["frozen base" if arm["frozen"] else trained, f"objective {arm['objective']}"]
     return ", ".join(parts + ([f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"] if seeds else []))
 
 

@@ -1,4 +1,4 @@
-"""Train the reported arms again and ask them everything that is reported of them, on as many GPUs as there are.
+"""Train the reported arms again, and those of the long-context study, and ask them everything that is reported of them, on as many GPUs as there are.
 
     python reproduce.py --list
     python reproduce.py                                                  everything, on all GPUs, into ./reproduced
@@ -26,9 +26,15 @@ from manifests import UserError, run_script
 from training_state import STATE
 
 HERE = Path(__file__).parent
-QWEN, GEMMA = ("--model", "qwen2.5-coder-0.5b"), ("--model", "gemma3-270m")
+SMOLLM2, QWEN, GEMMA = ("--model", "smollm2-135m"), ("--model", "qwen2.5-coder-0.5b"), ("--model", "gemma3-270m")
 TRAIN = ("--workers", "6", "--save-every", "150")
 JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
+# The study trains 400 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words). Estimated, not measured: an update of smollm2-tuned
+# (19,200 tokens) took 0.39 s on an H200 and one of qwen-tuned (17,200) 0.32 s, so 2 to 3 minutes an arm; `--w-down` adds no forward, recall the questions.
+# The arms that go on at length: 200 updates of 32,768 tokens; one of smollm2-deep (41,300) took 0.48 s, so 2 minutes and what attention over 2,048 adds.
+STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "400", "--warmup", "20", "--lr", "0.001")
+LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
+LONG = ("--lengths", "1024,2048,4096,8192", "--count", "20", "--workers", "6")
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
 MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"
 BY_HAND = ("--benchmark", "natural_v1.json")
@@ -60,6 +66,7 @@ class Arm:
     seed: int = 0
     start: str | None = None
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
+    long: str | None = None       # modes in which run_long.py asks long texts
     tuned: bool = False           # a LoRA that reads in context
 
     @property
@@ -69,6 +76,21 @@ class Arm:
     @property
     def checkpoint(self) -> str:
         return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
+
+
+def study(base: str, rows: int, model=(), chunks=()) -> list[Arm]:
+    """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, W_down trained along, our
+    objective on the same mechanism, and the first one with these chunks, in rows of twice the length."""
+    arms = {"study": (*LM, *LONG_ROWS), "study-wdown": (*LM, *LONG_ROWS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
+    sized = {f"{base}-{name}": (*how, "--conversations", str(rows)) for name, how in arms.items()}
+    sized |= {f"{base}-study-{chunk}": (*LM, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
+    return [Arm(name, (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict") for name, how in sized.items()]
+
+
+def longer(of: str, model=()) -> Arm:
+    """A recall arm that goes on on conversations of the study's length."""
+    return Arm(f"{of}-long", (), ("--workers", "6", "--save-every", "100", "--updates", "200", "--warmup", "20", "--lr", "0.0005", *LONG_ROWS,
+                                  "--groups", "1", "--conversations", "16"), model, start=of, long="ttt_paper,ttt_strict")
 
 
 def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
@@ -91,7 +113,9 @@ ARMS = {row.name: row for row in (
     *joint("smollm2-joint", {0: "smollm2-deep", 1: "smollm2-deep", 2: "smollm2-deep-seed2"}),  # seed 1's adapter is not kept
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
-    Arm("smollm2-135m-base", BASE), Arm("qwen2.5-coder-0.5b-base", BASE, model=QWEN), Arm("gemma3-270m-base", BASE, model=GEMMA))}
+    *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN), *study("gemma3", 4, GEMMA),
+    longer("smollm2-deep"), longer("qwen-deep", QWEN),
+    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context") for model in (SMOLLM2, QWEN, GEMMA)))}
 
 
 # ---- an arm as commands ----
@@ -120,20 +144,28 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
     commands = []
     for ask in row.asks:
         folder = out / "results" / ask.folder.format(row.name)
-        if not answered(folder, ask.conditions):
+        if not answered(folder, "conditions", ask.conditions):
             commands.append(["run_experiment.py", *row.model, *adapter, *ask.more, "--conditions", ask.conditions, "--batch-size", "256",
                              "--out", str(folder), "--resume"])
     for lang in row.prose:
         path = out / "results" / "harm" / f"{row.name}-{lang}.json"
         if not path.exists():
             commands.append(["harm.py", *row.model, *adapter, "--lang", lang, "--out", str(path)])
+    folder = long_folder(row, out)
+    if row.long and not answered(folder, "modes", row.long):
+        commands.append(["run_long.py", *row.model, *adapter, "--modes", row.long, *LONG, "--out", str(folder), "--resume"])
     return commands
 
 
-def answered(folder: Path, conditions: str) -> bool:
+def long_folder(row: Arm, out: Path) -> Path:
+    return out / "results" / "long" / row.name
+
+
+def answered(folder: Path, field: str, wanted: str) -> bool:
+    """Whether a finished run's conditions (or modes) are all that are wanted."""
     path = folder / "run.json"
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return run.get("complete", False) and set(conditions.split(",")) <= set(run["conditions"])
+    return run.get("complete", False) and set(wanted.split(",")) <= set(run[field])
 
 
 def tasks_of(names, out: Path) -> list[Task]:
@@ -238,12 +270,14 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def on_benchmark(arguments) -> list[str]:
-    """What evaluate.py is told, so that it scores these rows' answers on the benchmark; nothing where they lie among the repository's own."""
-    if arguments.out.resolve() == HERE:
-        return []
-    results = arguments.out / "results"
-    return [*(str(results / ask.folder.format(name)) for name in arguments.only for ask in ARMS[name].asks if ask.more != BY_HAND), "--out", str(results)]
+def what_next(arguments) -> str:
+    """The commands that score these rows' answers, on the benchmark and on long texts; where they lie among the repository's own they are found there."""
+    rows, results = [ARMS[name] for name in arguments.only], arguments.out / "results"
+    folders = {"evaluate.py": [results / ask.folder.format(row.name) for row in rows for ask in row.asks if ask.more != BY_HAND],
+               "report_long.py": [long_folder(row, arguments.out) for row in rows if row.long]}
+    places = {"evaluate.py": results, "report_long.py": results / "long"}
+    said = lambda script: [] if arguments.out.resolve() == HERE else [*map(str, folders[script]), "--out", str(places[script])]
+    return "; ".join(" ".join(["python", script, *said(script)]) for script in folders if folders[script])
 
 
 def main() -> None:
@@ -262,7 +296,7 @@ def main() -> None:
         signal.signal(number, runner.stop)
     ended = runner.run(tasks)
     failed = {name: how for name, how in ended.items() if how != "done"}
-    print("\n".join(f"{name}: {how}" for name, how in failed.items()) or f"all done; next: python evaluate.py {' '.join(on_benchmark(arguments))}")
+    print("\n".join(f"{name}: {how}" for name, how in failed.items()) or f"all done; next: {what_next(arguments)}")
     if runner.stopped:
         print("stopped; what is there is kept, and the same command goes on from it", file=sys.stderr)
         sys.exit(130)

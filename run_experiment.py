@@ -124,7 +124,7 @@ def main() -> None:
 def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, started) -> None:
     base_parameters = loaded.parameters  # before a joint arm's LoRA is on it
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
-    if not manifest.get("frozen", True):
+    if manifest.get("lora"):
         alone = [c.name for c in conditions if c.name in MEMORYLESS]
         if alone:
             raise UserError(f"--conditions {alone[0]}: asks the base alone, and {arguments.adapter} has a LoRA on it (a joint arm); run "

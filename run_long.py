@@ -2,7 +2,7 @@
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
-The modes: in_context, ttt_paper and ttt_strict (long_modes.py). Document and question are the same tokens in every mode (long_items.py). Items are
+The modes: in_context, ttt_empty, ttt_paper and ttt_strict (long_modes.py). Document and question are the same tokens in every mode (long_items.py). Items are
 made here, the same for the same tokenizer and seed (a profile's in a minute or two), so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
 they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
 said so. Next: report_long.py.
@@ -24,7 +24,7 @@ from decoding import greedy
 from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
-from long_modes import MODES, asked
+from long_modes import MODES, USUAL, asked, check_mode
 from manifests import UserError, provenance, run_script
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from prompts import encode, written_ids
@@ -116,8 +116,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is asked of whom")
     what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
-    what.add_argument("--adapter", help="checkpoint folder of a frozen arm, for the modes that write")
-    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: all, without --adapter in_context)")
+    what.add_argument("--adapter", help="checkpoint folder of an arm, for the modes that write")
+    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(USUAL)}, without --adapter in_context)")
     what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
     what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
     what.add_argument("--lengths", help="tokens of prompt and answer, comma-separated (default: the profile's)")
@@ -133,7 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(MODES))).split(",")
+    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(USUAL))).split(",")
     for mode in arguments.modes:
         if mode not in MODES:
             raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
@@ -154,8 +154,8 @@ def main() -> None:
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
-    if not manifest.get("frozen", True):
-        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so in_context would not be the untouched base; give a frozen arm")
+    for mode in arguments.modes:
+        check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)
     for line in left_out:
         print(f"left out: {line}")
@@ -166,7 +166,8 @@ def main() -> None:
     with only_run(out):
         done, earlier = open_folder(out, arguments.resume, mine)
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
-        report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"), "adapter": arguments.adapter,
+        report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"),
+                  "frozen": manifest.get("frozen", True), "seed": manifest.get("seed"), "adapter": arguments.adapter,
                   "chunk": manifest["ttt"]["chunk"] if manifest else None, "modes": together("modes", arguments.modes),
                   "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
                   "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),

@@ -255,7 +255,11 @@ def prepare(loaded: Loaded, samples: list[dict], adapter: str | None) -> Setup:
     """Look at the base while it is untouched, then attach the adapter (the row's untrained start when there is none)."""
     texts = [prompts.written_ids(loaded.tokenizer, sample["conversation"]) for sample in samples]
     check_window(loaded.model, max(map(len, texts)), "the longest of the first conversations")
-    joint = bool(adapter and read_manifest(adapter)["lora"])
+    manifest = read_manifest(adapter) if adapter else {}
+    if not manifest.get("frozen", True) and not manifest["lora"]:
+        raise UserError(f"--adapter {adapter}: W_down was trained too, so an empty memory is not the base alone, which these checks compare with; "
+                        "give an arm without --w-down")
+    joint = bool(manifest.get("lora"))
     if joint:  # such an arm's base is the one with its LoRA on
         load_lora(adapter, loaded)
     digest, logits = base_digest(loaded), whole_rows(loaded, texts[:TEXTS])

@@ -156,8 +156,8 @@ def load(arguments) -> tuple[Loaded, InPlaceTTT | None, dict | None, Plan, str]:
     loaded = load_model(arguments.model, device, dtype)
     check_window(loaded.model, arguments.window + 1, f"--window {arguments.window}")
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, None)
-    if manifest and not manifest["frozen"]:
-        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so TTT off is not the base alone; give a frozen arm")
+    if manifest and manifest["lora"]:
+        raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so TTT off is not the base alone; give an arm without --joint")
     return loaded, ttt, manifest, Plan(arguments.window, arguments.stride, start_token(loaded.tokenizer)), reason
 
 

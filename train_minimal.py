@@ -6,7 +6,8 @@ Objectives:
     recall   write the conversation, drop it, cross-entropy of the answers; the gradient flows through the write
     lm       the public attempt's: next-token loss on a text that attention still sees while it is written
     context  no fast weights: a LoRA that answers with the conversation in the prompt (A_tuned, the fair ceiling)
-With --joint a recall arm also trains a LoRA on the base, which writes and reads with it; such an arm is never called frozen.
+With --joint a recall arm also trains a LoRA on the base, which writes and reads with it, and with --w-down an arm trains what is added to
+W_down of its TTT layers; neither is ever called frozen. `--form study` is the paper's own mechanism, trained by lm on rows of --length tokens.
 Only the adapter trains; that the base did not change is checked by hash before every checkpoint. With --start an arm goes on
 from another one's adapter, and in the data from where that one stopped.
 """
@@ -26,11 +27,12 @@ from tqdm import tqdm
 
 import training_bank
 from arms import LORA, Arm, base_digest, updates_before
+from decoding import check_window
 from fast_weight import TARGETS
 from manifests import UserError, provenance, run_script
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
-from training_data import BankDataset, TextDataset, batches, load_texts
+from training_data import CORPORA, BankDataset, TextDataset, batches, load_texts
 from training_state import STATE, identity, keep_log, resume, save_state
 
 UPDATES = {"recall": 1450, "lm": 520, "context": 845}  # what fitted into the sessions of the reported runs
@@ -39,11 +41,13 @@ LR = {"recall": 2e-3, "lm": 2e-3, "context": 5e-4}  # where the loss falls faste
 GROUPS = "1,1,2,4"
 LM_CHUNK = 64       # with the whole text as one chunk nothing is read back in the same pass, and lm has no gradient
 LM_LENGTH = 512     # tokens of one lm row, the public attempt's
+W_DOWN_SHARE = 0.01  # of the learning rate, for W_down: what is trained already takes steps of 1e-5, as fine-tuning does
 SWITCHES = {"codes": "keys and queries as products of two learned codes", "deep": "attentions are side streams",
             "sparse": "a gate with exact zeros",
             "read-gate": "learned share of what is read", "threshold": "a faint answer is no answer", "calibrated": "values in units of the residual stream",
             "blind": "texts are read without the earlier memory while they are written", "unit-keys": "keys on the unit sphere",
-            "unit-targets": "targets at unit RMS", "gate": "learned write strength per token"}
+            "unit-targets": "targets at unit RMS", "gate": "learned write strength per token",
+            "w-down": "W_down of the TTT layers is trained too, so the arm is not frozen"}
 WINDOW = 25         # updates whose mean loss is compared for divergence
 
 
@@ -102,6 +106,13 @@ def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, l
             save(update + 1)
 
 
+def rate_share(name: str, joint: bool) -> float:
+    """Share of the learning rate at which a trained parameter of that name learns: what the base knows already learns slower than what is new."""
+    if name.endswith(".down_delta"):
+        return W_DOWN_SHARE
+    return LR["context"] / LR["recall"] if joint and name.startswith("lora.") else 1.0
+
+
 def make_step(arguments, arm: Arm):
     """The objective's step, (loaded, ttt, batch, device) -> Step."""
     step = OBJECTIVES[arguments.objective]
@@ -134,9 +145,9 @@ def parse_arguments() -> argparse.Namespace:
     arm.add_argument("--arm", help="name of the checkpoint folder (default: MODEL-OBJECTIVE)")
     arm.add_argument("--joint", action="store_true", help="recall: train a LoRA on the base too; the arm is then not frozen")
     arm.add_argument("--start", help="folder of an arm of the same settings whose adapter to go on from (default: from nothing)")
-    arm.add_argument("--form", choices=("codes", "plain"), help="which of the row's settings to start from (default: codes; for lm plain)")
+    arm.add_argument("--form", choices=("codes", "plain", "study"), help="which of the row's settings to start from (default: codes; for lm plain)")
     arm.add_argument("--layers", help="TTT layers, e.g. 0-5,8 (default: the model's row)")
-    arm.add_argument("--chunk", help="tokens per chunk, or whole (default: the model's row; for lm 64)")
+    arm.add_argument("--chunk", help="tokens per chunk, or whole (default: the model's row; for lm 64 where that is whole)")
     arm.add_argument("--eta", type=float, help="step size of the write (default: the model's row)")
     arm.add_argument("--init", choices=("paper", "shift"), help="start of conv and P (default: the model's row)")
     arm.add_argument("--target", choices=TARGETS, help="what values are made of (default: the row)")
@@ -150,7 +161,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     data = parser.add_argument_group("the data")
-    data.add_argument("--data", default="bank", help="for lm: bank, no_robots, or a .txt or .jsonl file (default: %(default)s)")
+    data.add_argument("--data", default="bank", help=f"for lm: bank, {', '.join(CORPORA)}, or a .txt or .jsonl file (default: %(default)s)")
+    data.add_argument("--length", type=int, help="tokens of an lm row, texts joined up to it; else of a conversation, filled up with prose "
+                      f"(default: for lm {LM_LENGTH} at most, one text a row, but for --form study {LM_LENGTH}; else the conversation as it is)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
     data.add_argument("--conversations", type=int, help=f"conversations per update (default: {CONVERSATIONS}, or what fits the model's row)")
     data.add_argument("--probes", type=int, default=8, help="questions per conversation (default: %(default)s)")
@@ -186,6 +199,10 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--joint: the {arguments.objective} objective has no such arm; leave it out")
     elif arguments.groups:
         raise UserError(f"--groups {arguments.groups}: only the recall objective writes several conversations into one memory; leave it out")
+    if arguments.w_down and (arguments.joint or arguments.objective == "context"):
+        raise UserError(f"--w-down: {'--joint trains' if arguments.joint else 'the context objective has'} a LoRA on W_down; leave one of the two out")
+    if arguments.length is None and arguments.objective == "lm" and arguments.form == "study":
+        arguments.length = LM_LENGTH
     arguments.lr = LR[arguments.objective] if arguments.lr is None else arguments.lr
     if not arguments.lr > 0:
         raise UserError(f"--lr {arguments.lr:g}: use a number above 0")
@@ -194,8 +211,8 @@ def parse_arguments() -> argparse.Namespace:
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout:g}: use a share from 0 to below 1")
     arguments.snapshots = parse_snapshots(arguments)
-    for name, least in {"conversations": 1, "probes": 1, "updates": 1, "save_every": 1, "workers": 0, "warmup": 0}.items():
-        if getattr(arguments, name) < least:
+    for name, least in {"conversations": 1, "probes": 1, "updates": 1, "save_every": 1, "workers": 0, "warmup": 0, "length": 2}.items():
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use {least} or more")
     return arguments
 
@@ -211,18 +228,23 @@ def ttt_config(arguments, row):
     """The row's settings with what the command line changes."""
     if arguments.objective == "context":
         return None
-    chunk = arguments.chunk or (str(LM_CHUNK) if arguments.objective == "lm" else None)
+    form = arguments.form or ("plain" if arguments.objective == "lm" else "codes")
+    start = getattr(row, form)
+    chunk = arguments.chunk or (str(LM_CHUNK) if arguments.objective == "lm" and start.chunk is None else None)
     if chunk and chunk != "whole" and not chunk.lstrip("-").isdigit():
         raise UserError(f"--chunk {chunk}: give a number of tokens, or whole")
-    form = arguments.form or ("plain" if arguments.objective == "lm" else "codes")
-    config = override_ttt(getattr(row, form), layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
+    config = override_ttt(start, layers=parse_layers(arguments.layers) if arguments.layers else None, eta=arguments.eta,
                           init=arguments.init, target=arguments.target, rule=arguments.rule, ridge=arguments.ridge,
                           key_map=arguments.key_map, write_attention=arguments.write_attention, read_attention=arguments.read_attention,
                           value_rank=arguments.value_rank, shut_below=arguments.shut_below,
                           **{field: getattr(arguments, field) for field in (name.replace("-", "_") for name in SWITCHES)},
-                          chunk=int(chunk) if chunk and chunk != "whole" else None)
-    if arguments.objective == "lm" and chunk == "whole":
+                          chunk=chunk if chunk in (None, "whole") else int(chunk))
+    if arguments.objective == "lm" and config.chunk is None:
         raise UserError("--chunk whole: the lm objective reads back only earlier chunks; give a number of tokens")
+    length = arguments.length or LM_LENGTH
+    if arguments.objective == "lm" and length <= config.chunk:
+        raise UserError(f"--chunk {config.chunk}: an lm row has {length} tokens, and only chunks that are over are read back, so nothing would be learned "
+                        f"of the write; give a --length above {config.chunk}, or a shorter chunk")
     return config
 
 
@@ -246,13 +268,14 @@ def make_dataset(arguments, config, loaded: Loaded, langs, first: int):
     common = (first + arguments.updates, arguments.conversations)
     if arguments.objective == "lm":
         texts, sha = load_texts(arguments.data, langs)
-        return TextDataset(loaded.tokenizer, texts, *common, LM_LENGTH, arguments.seed), sha
+        return TextDataset(loaded.tokenizer, texts, *common, arguments.length or LM_LENGTH, arguments.seed, joined=arguments.length is not None), sha
     shown = arguments.objective == "context"
     groups = (1,) if shown else parse_groups(arguments)
     if config and config.chunk and groups != (1,):
         raise UserError(f"--groups {arguments.groups}: finished chunks are applied at once, so rows cannot be written side by side; use --groups 1")
     aided = lambda weight: bool(config and config.codes and weight)
-    return (BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, aided(arguments.calm), aided(arguments.foreign)),
+    return (BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, aided(arguments.calm), aided(arguments.foreign),
+                        arguments.length),
             training_bank.bank_sha256())
 
 
@@ -274,22 +297,24 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
     loaded = load_model(arguments.model, device, dtype)
     fuse_norms(loaded.model)
+    if arguments.length:
+        check_window(loaded.model, arguments.length, f"--length {arguments.length}")
     before = base_digest(loaded)
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()
     if arguments.dropout:
         arm.ttt.drop(arguments.dropout)
-    # a LoRA learns at its own rate beside the fast weights
-    optimizer = torch.optim.AdamW([{"params": [p], "share": LR["context"] / LR["recall"] if arguments.joint and name.startswith("lora.") else 1.0}
-                                   for name, p in trained.items()], lr=arguments.lr, weight_decay=arguments.weight_decay)
+    optimizer = torch.optim.AdamW([{"params": [p], "share": rate_share(name, arguments.joint)} for name, p in trained.items()],
+                                  lr=arguments.lr, weight_decay=arguments.weight_decay)
     first = updates_before(arm.start)
     dataset, data_sha = make_dataset(arguments, config, loaded, langs, first)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
-                "frozen": arm.lora is None, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
+                "frozen": arm.frozen, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
                 "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay,
                               "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
-                              "groups": arguments.groups, "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
+                              "length": arguments.length, "groups": arguments.groups,
+                              "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:

@@ -1,8 +1,11 @@
 """What one training update sees, as tokens: a batch is a pure function of (seed, update), whatever the number of workers."""
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,24 @@ ALONE = 32              # updates at the start with the least group: the gates l
 ALIKE = 0.5             # share of shared memories whose conversations are about the same topics
 PROSE_EVERY = 4         # every fourth update writes unrelated prose along with the conversation, and half as many of these longer rows
 PROSE_MOST = 2          # passages, at most
-NO_ROBOTS = "HuggingFaceH4/no_robots"
+BETWEEN = "\n\n"       # texts that are joined to one row
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set of the Hub: its rows (at a revision, None: the newest; the hash of the texts goes into the manifest either way) and the text of one."""
+
+    name: str
+    split: str
+    revision: str | None
+    text: Callable[[dict], str]
+
+
+# TinyStories has two million texts in its train split; a small arm sees a few thousand
+CORPORA = {"tinystories": Corpus("roneneldan/TinyStories", "train[:100000]", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64", lambda row: row["text"]),
+           "longalpaca": Corpus("Yukang/LongAlpaca-12k", "train", "46dce924ed8786979556018e191c0f557d8f4aa2", lambda row: f"{row['instruction']}\n{row['output']}"),
+           "no_robots": Corpus("HuggingFaceH4/no_robots", "train", None,  # as the public attempt has it: each dialogue as "role: content" lines
+                               lambda row: "\n".join(f"{turn['role']}: {turn['content']}" for turn in row["messages"]))}
 
 
 @dataclass(frozen=True)
@@ -66,21 +86,25 @@ class BankDataset(Dataset):
     one memory. In groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
     calm: whether every eighth update also brings prose to be read with a memory attached. foreign: whether every fourth one brings
     questions about conversations that are not in memory.
+    length: tokens of a conversation, filled up with passages of prose as far as whole ones go (all updates are then alike); None: as it is.
     """
 
-    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,), calm=False, foreign=False):
+    def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,), calm=False, foreign=False,
+                 length: int | None = None):
         self.tokenizer, self.langs, self.updates, self.groups, self.calm, self.foreign = tokenizer, langs, updates, tuple(groups), calm, foreign
-        self.conversations, self.probes, self.seed, self.shown = conversations, probes, seed, shown
+        self.conversations, self.probes, self.seed, self.shown, self.length = conversations, probes, seed, shown, length
 
     def __len__(self) -> int:
         return self.updates
 
-    def shape(self, update: int) -> tuple[random.Random, int, int, int]:
-        """(the update's generator, passages of prose in a row, rows in a memory, memories)."""
+    def shape(self, update: int) -> tuple[random.Random, int | None, int, int]:
+        """(the update's generator, passages of prose in a row (None: as many as fit), rows in a memory, memories)."""
         rng = random.Random(f"{self.seed}/{update}")
         prose = rng.randint(1, PROSE_MOST) if update % PROSE_EVERY == PROSE_EVERY - 1 else 0
         group = rng.choice(self.groups) if update >= ALONE else min(self.groups)
         memories = self.conversations // group
+        if self.length is not None:
+            return rng, None, group, memories
         return rng, prose, group, max(1, memories // 2) if prose else memories
 
     def seen(self, first: int, end: int) -> int:
@@ -106,8 +130,8 @@ class BankDataset(Dataset):
                        for i in range(rows)]
         return Batch(examples, group, calm, foreign)
 
-    def example(self, rng: random.Random, lang: str, shown: bool, prose: int, topics, probes: int | None = None, facts: int | None = None) -> Example:
-        sample = training_bank.sample_conversation(rng, lang, "train", facts, prose, topics)
+    def example(self, rng: random.Random, lang: str, shown: bool, prose: int | None, topics, probes: int | None = None, facts: int | None = None) -> Example:
+        sample = self.filled(rng, lang, topics) if prose is None else training_bank.sample_conversation(rng, lang, "train", facts, prose, topics)
         chosen = rng.sample(sample["probes"], min(probes or self.probes, len(sample["probes"])))
         pairs = [(prompts.tail_ids(self.tokenizer, lang, p["question"]),
                   prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]
@@ -116,6 +140,15 @@ class BankDataset(Dataset):
             return Example([], prefix + prompts.encode(self.tokenizer, sample["conversation"]), pairs)
         places = Places(self.tokenizer, lang, sample)
         return Example(places.ids, prefix, pairs, places.worth(), [places.addresses(probe) for probe in chosen])
+
+    def filled(self, rng: random.Random, lang: str, topics) -> dict:
+        """A conversation with as many whole passages as `length` tokens hold; without any where it is longer by itself. Drawn anew until it fits."""
+        passages = min(len(training_bank.passages(lang)), self.length // passage_tokens(self.tokenizer, lang))
+        while True:
+            sample = training_bank.sample_conversation(rng, lang, "train", None, passages, topics)
+            if not passages or len(prompts.written_ids(self.tokenizer, sample["conversation"])) <= self.length:
+                return sample
+            passages -= 1
 
     def prose(self, rng: random.Random, lang: str) -> Example:
         """A row that is written and asked nothing."""
@@ -128,6 +161,13 @@ class BankDataset(Dataset):
         ids = prompts.encode(self.tokenizer, "\n\n".join(texts))
         start = rng.randrange(max(1, len(ids) - tokens))
         return prompts.start_ids(self.tokenizer) + ids[start:start + tokens]
+
+
+@functools.lru_cache(maxsize=8)
+def passage_tokens(tokenizer, lang: str) -> int:
+    """Tokens of a passage of prose, in the mean."""
+    passages = training_bank.passages(lang)
+    return sum(len(prompts.encode(tokenizer, text)) for text in passages) // len(passages)
 
 
 class Places:
@@ -191,10 +231,13 @@ class Places:
 
 
 class TextDataset(Dataset):
-    """Item u: `conversations` token rows of at most `length` tokens for the next-token objective, in a seeded order."""
+    """Item u: `conversations` token rows of at most `length` tokens for the next-token objective, in a seeded order.
 
-    def __init__(self, tokenizer, texts: list[str], updates: int, conversations: int, length: int, seed: int):
-        self.tokenizer, self.texts, self.updates = tokenizer, texts, updates
+    joined: a row is texts one after the other until it has `length` tokens; else it is one text.
+    """
+
+    def __init__(self, tokenizer, texts: list[str], updates: int, conversations: int, length: int, seed: int, joined: bool = False):
+        self.tokenizer, self.texts, self.updates, self.joined = tokenizer, texts, updates, joined
         self.conversations, self.length, self.seed = conversations, length, seed
 
     def __len__(self) -> int:
@@ -206,8 +249,13 @@ class TextDataset(Dataset):
 
     def __getitem__(self, update: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/{update}")
-        chosen = [rng.choice(self.texts) for _ in range(self.conversations)]
-        return [prompts.written_ids(self.tokenizer, text)[:self.length] for text in chosen]
+        return [self.row(rng) for _ in range(self.conversations)]
+
+    def row(self, rng: random.Random) -> list[int]:
+        ids = prompts.written_ids(self.tokenizer, rng.choice(self.texts))
+        while self.joined and len(ids) < self.length:
+            ids += prompts.encode(self.tokenizer, BETWEEN + rng.choice(self.texts))
+        return ids[:self.length]
 
 
 class BankTexts:
@@ -227,15 +275,15 @@ class BankTexts:
 def load_texts(source: str, langs) -> tuple[object, str]:
     """Texts for the next-token objective and a hash of them.
 
-    source: "bank", "no_robots" (from the hub), or a local .txt (texts between blank lines) or .jsonl file ("text" per line).
+    source: "bank", one of CORPORA (from the Hub), or a local .txt (texts between blank lines) or .jsonl file ("text" per line).
     """
     if source == "bank":
         return BankTexts(langs), training_bank.bank_sha256()
-    if source == "no_robots":
-        return no_robots()
+    if source in CORPORA:
+        return from_hub(source)
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"--data {source}: no such file; give a .txt or .jsonl file, bank, or no_robots")
+        raise UserError(f"--data {source}: no such file; give a .txt or .jsonl file, bank, or one of {', '.join(CORPORA)}")
     if path.suffix == ".jsonl":
         texts = [jsonl_text(line, path, number) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
     else:
@@ -262,15 +310,18 @@ def jsonl_text(line: str, path: Path, number: int) -> str:
     return text
 
 
-def no_robots() -> tuple[list[str], str]:
-    """The public attempt's corpus: each dialogue as "role: content" lines."""
-    from datasets import load_dataset
+def from_hub(source: str) -> tuple[list[str], str]:
+    """Texts of a corpus and their SHA-256; UserError where neither the Hub nor the cache has it."""
+    import datasets
+    corpus = CORPORA[source]
     try:
-        rows = load_dataset(NO_ROBOTS, split="train")
-    except Exception as error:  # offline, proxy, gated: the mend is the same
-        raise UserError(f"--data no_robots: {NO_ROBOTS} cannot be had ({type(error).__name__}); use --data bank or a local file") from error
-    texts = ["\n".join(f"{turn['role']}: {turn['content']}" for turn in row["messages"]) for row in rows]
-    return texts, f"{NO_ROBOTS} {rows._fingerprint}"
+        rows = datasets.load_dataset(corpus.name, split=corpus.split, revision=corpus.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # what it raises offline, for a gated or missing set, a full disk, a broken file
+        said = next(iter(str(error).splitlines()), "no reason given")
+        raise UserError(f"--data {source}: {corpus.name} cannot be had ({type(error).__name__}: {said}); give a network that reaches the Hub, room on the "
+                        "disk and, if it is gated, a token (HF_TOKEN), or use --data bank or a local file") from error
+    texts = [text for text in map(corpus.text, rows) if text.strip()]
+    return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def batches(dataset: Dataset, workers: int, start: int = 0):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import strengthen
-from test_run_experiment import save_fast_weights, save_tiny
+from test_run_experiment import save_fast_weights, save_joint, save_tiny
 
 import lm_eval_model
 import run_long
@@ -182,7 +182,7 @@ def test_bad_arguments(more, words):
 
 
 def test_a_joint_arm_is_not_the_untouched_base(arm, model, tmp_path):
-    joint = save_fast_weights(tmp_path / "joint", model, frozen=False)
+    joint = save_joint(tmp_path / "joint", model)
     with pytest.raises(UserError, match="joint arm"):
         ModeModel(model=model, adapter=joint, mode="in_context")
     ModeModel(model=model, adapter=joint, mode="ttt_strict")

@@ -18,6 +18,7 @@ from conftest import FAMILIES, hear_ctrl_c, strengthen
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import arms
 import benchmark_file
 import conditions
 import evaluate
@@ -92,6 +93,13 @@ def save_fast_weights(folder, model, chunk=CHUNK, change=strengthen, **more):
     ttt = InPlaceTTT(loaded.model, config)
     save_adapter(folder, change(ttt) if change else ttt, manifest(loaded, config, **more))
     return str(folder)
+
+
+def save_joint(folder, model):
+    """A joint arm's checkpoint: fast weights, and a LoRA on the base."""
+    folder.mkdir(parents=True)
+    arms.save_lora(folder, get_peft_model(load_model(model).model, LoraConfig(task_type="CAUSAL_LM", **LORA)))
+    return save_fast_weights(folder, model, frozen=False, lora=LORA)
 
 
 def save_lora(folder, model):

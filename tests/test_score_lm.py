@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import strengthen, token_rows
+from test_run_experiment import save_joint
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -259,10 +260,10 @@ def call(run_main):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """save(joint=False) -> folder of a tiny arm with chunks of 4."""
-    def save(frozen=True):
+    """save() -> folder of a tiny arm with chunks of 4."""
+    def save():
         loaded, config = load_model("tiny-llama"), TTTConfig((1, 2), 4)
-        manifest = {"arm": "a", "model": "tiny-llama", "model_sha256": loaded.sha256, "objective": "lm", "frozen": frozen, "seed": 3, "ttt": config.to_dict(), "lora": None, "data_sha256": "0", "updates": 0,
+        manifest = {"arm": "a", "model": "tiny-llama", "model_sha256": loaded.sha256, "objective": "lm", "frozen": True, "seed": 3, "ttt": config.to_dict(), "lora": None, "data_sha256": "0", "updates": 0,
                     **provenance(), "device": "cpu"}
         save_adapter(tmp_path / "a", strengthen(InPlaceTTT(loaded.model, config)), manifest)
         return tmp_path / "a"
@@ -317,4 +318,4 @@ def test_what_cannot_be_is_said_in_one_line(call, text, tmp_path, monkeypatch, a
 def test_pieces_that_cut_a_chunk_are_refused(call, checkpoint, text, tmp_path):
     assert "pieces of 6 and a stride of 16 tokens for an arm that writes chunks of 4" in call("--text", text, "--bytes", 60, "--adapter", checkpoint(), "--piece", 6, "--window", 16, "--stride", 16,
                                                                                               "--out", tmp_path / "o")[2]
-    assert "a joint arm has a LoRA on its base" in call("--text", text, "--adapter", checkpoint(frozen=False), "--out", tmp_path / "o")[2]
+    assert "a joint arm has a LoRA on its base" in call("--text", text, "--adapter", save_joint(tmp_path / "joint", "tiny-llama"), "--out", tmp_path / "o")[2]

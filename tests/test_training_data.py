@@ -1,9 +1,12 @@
 """What an update sees: packed rows are the arithmetic of one prompt per question, and a batch is (seed, update) and nothing else."""
 import copy
+import hashlib
 import json
 import random
+import re
 import types
 
+import datasets
 import pytest
 import torch
 from conftest import batch_of, strengthen, tiny, token_rows, widen, write_once
@@ -326,17 +329,37 @@ def test_a_file_that_holds_no_texts_is_one_clear_line(name, tmp_path):
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in named)
 
 
-def test_the_hubs_corpus_as_texts_and_without_a_hub(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
-    texts, source = load_texts("no_robots", ("en",))
-    assert texts == ["user: hi\nassistant: ho"] and training_data.NO_ROBOTS in source
+CORPUS_ROWS = {"tinystories": ([{"text": "Once."}, {"text": " "}], ["Once."]),
+               "longalpaca": ([{"instruction": "Read: a. What?", "output": "b", "input": "", "file": "x"}], ["Read: a. What?\nb"]),
+               "no_robots": ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}], ["user: hi\nassistant: ho"])}
 
-    def offline(name, split):
-        raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match="no_robots.*ConnectionError.*--data bank") as error:
-        load_texts("no_robots", ("en",))
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", training_data.CORPORA)
+def test_a_corpus_of_the_hub_as_texts(name, monkeypatch):
+    rows, texts = CORPUS_ROWS[name]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or datasets.Dataset.from_list(rows))
+    assert load_texts(name, ("en",)) == (texts, hashlib.sha256("\0".join(texts).encode()).hexdigest())
+    (hub, how), = asked
+    assert hub.count("/") == 1 and how["split"].startswith("train") and re.fullmatch("[0-9a-f]{40}|None", str(how["revision"]))
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), datasets.exceptions.DatasetNotFoundError("gone"), ValueError("no cache of it"),
+                                   datasets.exceptions.DatasetGenerationError("cut off"), OSError(28, "no space")])
+def test_a_corpus_that_cannot_be_had_is_one_clear_line(error, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=f"--data tinystories: .*{type(error).__name__}.*--data bank") as found:
+        load_texts("tinystories", ("en",))
+    assert "\n" not in str(found.value)
+
+
+def test_joined_rows_have_the_length_and_hold_whole_texts_between():
+    texts = ["a short one", "x" * 40, "z" * 31]
+    dataset = TextDataset(TOKENIZER, texts, 3, 4, 100, seed=0, joined=True)
+    rows = [TOKENIZER.decode(row) for u in range(3) for row in dataset[u]]
+    assert {len(row) for row in rows} == {100} and len(set(rows)) > 1
+    assert all(part in texts for row in rows for part in row.split("\n\n")[:-1])
+    assert list(batches(dataset, 2)) == [dataset[u] for u in range(3)]
