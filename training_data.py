@@ -255,7 +255,7 @@ def read_utf8(path: Path) -> str:
 def jsonl_text(line: str, path: Path, number: int) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--data {path}, line {number}: no object with a \"text\" field ({type(error).__name__}); mend that line") from error
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"--data {path}, line {number}: \"text\" is not a text; mend that line")
