@@ -17,11 +17,11 @@ PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt
 FINAL = (GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)  # what no further attempt changes
 
 
-def hub_snapshot(name: str, revision: str | None, patterns: list[str], mend: str) -> Path:
+def hub_snapshot(asked: str, name: str, revision: str | None, patterns: list[str], mend: str) -> Path:
     """The local folder with the files of a Hub repository that match `patterns`, downloaded where they are not there yet.
 
-    A hub that does not answer is asked three times; with HF_HUB_OFFLINE set nothing is asked for. Raises UserError with the cause and `mend`,
-    also where a file's bytes are not those that the Hub has a SHA-256 of.
+    A hub that does not answer is asked three times; with HF_HUB_OFFLINE set nothing is asked for. Raises UserError, which begins with `asked`, with
+    the cause and `mend`, also where a file's bytes are not those that the Hub has a SHA-256 of.
     """
     limit_waiting()
     wanted, pauses = f"{name}@{revision}" if revision else name, [] if constants.is_offline_mode() else list(PAUSES)
@@ -31,7 +31,7 @@ def hub_snapshot(name: str, revision: str | None, patterns: list[str], mend: str
             break
         except Exception as error:  # the library's own, its HTTP library's and the system's: why() tells them apart
             if isinstance(error, FINAL) or not pauses:
-                raise UserError(f"--model {wanted}: {why(error, revision)}; {mend}") from error
+                raise UserError(f"{asked}: {wanted}: {why(error, revision)}; {mend}") from error
             pause = pauses.pop(0)
             print(f"{wanted}: {why(error, revision)}; trying again in {pause:g} s", file=sys.stderr)
         time.sleep(pause)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,7 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma
 from gguf_packages import GGUF, available, converted_folder
 from hub_files import hub_snapshot
 from in_place_ttt import InPlaceTTT, TTTConfig, check_layers
-from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
+from manifests import MEND, UserError, file_sha256, parse_files, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 from tensor_files import save_tensors
 
@@ -129,7 +130,7 @@ def find_row(name: str) -> ModelRow:
     if not Path(hub).is_dir() and hub.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: no such folder")
     mend = "give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub"
-    folder = Path(hub) if Path(hub).is_dir() else hub_snapshot(hub, revision or None, ["config.json"], mend)
+    folder = Path(hub) if Path(hub).is_dir() else hub_snapshot(f"--model {name}", hub, revision or None, ["config.json"], mend)
     try:
         layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
     except (OSError, ValueError) as error:  # no config.json, or none that can be read
@@ -232,7 +233,7 @@ def hub_folder(row: ModelRow) -> Path:
     if Path(row.hub).is_dir():
         return Path(row.hub)
     mend = f"it needs {f'`{row.gguf.install}`' if row.gguf else 'a network that reaches the Hub'}, or a local folder as --model"
-    return hub_snapshot(row.hub, row.revision, ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"], mend)
+    return hub_snapshot(f"--model {row.name}", row.hub, row.revision, ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"], mend)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -280,20 +281,38 @@ def check_base(manifest: dict, folder, loaded: Loaded) -> None:
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
 
 
+WHOLE = lambda value: type(value) is int
+OF_TYPE = {"int": WHOLE, "int | None": lambda value: value is None or WHOLE(value), "float": lambda value: type(value) in (int, float) and math.isfinite(value),
+           "bool": lambda value: type(value) is bool, "str": lambda value: type(value) is str,
+           "tuple[int, ...]": lambda value: type(value) is list and all(map(WHOLE, value))}  # what JSON may hold for a field of TTTConfig
+
+
 def read_config(manifest: dict, folder) -> TTTConfig:
     """The settings in a memory arm's manifest; UserError where they cannot be used."""
     try:
+        wrong = [field.name for field in fields(TTTConfig) if field.name in manifest["ttt"] and not OF_TYPE[field.type](manifest["ttt"][field.name])]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {str(manifest['ttt'][wrong[0]])[:40]!r}")
         return TTTConfig(**manifest["ttt"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file, or the project's version "
                         "that wrote it") from error
 
 
-def check_widths(config: TTTConfig, widest: int, folder) -> None:
-    """Every size among the settings is a dimension of some tensor: UserError before anything is built where the file's widest one is smaller."""
-    for name in ("kernel", "key_map", "value_rank", "write_attention", "read_attention"):
-        if getattr(config, name) > widest:
-            raise UserError(f"{folder}/adapter.safetensors: does not fit its manifest ({name} is {getattr(config, name)}, and no tensor is as wide)")
+def check_widths(file, sizes: dict[str, int], path: str) -> None:
+    """Every size among the settings is a dimension of some tensor: UserError before anything is built where the open file's widest one is smaller."""
+    widest = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)
+    for name, size in sizes.items():
+        if size > widest:
+            raise UserError(f"{path}: does not fit its manifest ({name} is {size}, and no tensor is as wide)")
+
+
+def check_vouched(folder, names) -> None:
+    """UserError where a file that is about to be read is not among those whose hash the manifest keeps."""
+    vouched = parse_files(Path(folder) / "manifest.json", MEND)["files"]
+    for name in names:
+        if name not in vouched:
+            raise UserError(f"{folder}/manifest.json: keeps no SHA-256 of {name}, so it is not read; {MEND}")
 
 
 def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPlaceTTT, dict]:
@@ -304,19 +323,21 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     manifest = read_manifest(folder)
     check_base(manifest, folder, loaded)
     if not manifest.get("ttt"):
-        raise UserError(f"{folder}: holds no fast weights (objective {manifest['objective']}); pass it as --tuned-adapter")
+        raise UserError(f"{folder}: holds no fast weights (objective {manifest.get('objective')}); pass it as --tuned-adapter")
     config = read_config(manifest, folder)
+    check_vouched(folder, ["adapter.safetensors"])
     try:
         check_layers(loaded.model.get_decoder().layers, config.layers)
     except ValueError as error:
         raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file") from error
     try:
         with safe_open(str(Path(folder) / "adapter.safetensors"), framework="pt") as file:
-            check_widths(config, max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0), folder)
+            sizes = {name: getattr(config, name) for name in ("kernel", "key_map", "value_rank", "write_attention", "read_attention")}
+            check_widths(file, sizes, f"{folder}/adapter.safetensors")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
-    if manifest["lora"] and not lora_is_on:
+    if manifest.get("lora") and not lora_is_on:
         load_lora(folder, loaded)
     ttt = InPlaceTTT(loaded.model, config)
     try:
@@ -333,6 +354,13 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     Raises UserError where the file's tensors are not exactly those of a LoRA on this base: the library would leave the rest at zero.
     """
     path = Path(folder) / "lora"
+    check_vouched(folder, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
+    try:
+        config = LoraConfig.from_pretrained(str(path))
+        with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
+            check_widths(file, {"r": config.r} | config.rank_pattern, f"{path}/adapter_model.safetensors")
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no LoRA ({str(error).splitlines()[0][:100]}); restore the folder") from error
     lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)
     strange = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(load_file(str(path / "adapter_model.safetensors")))
     if strange:
