@@ -350,9 +350,9 @@ def from_tensors(tensors: dict[str, torch.Tensor], norms: dict, sizes: dict) -> 
     memory = Memory(found, tensors["tokens"], tensors["chunks"], {i: norms[str(i)] for i in found})
     for i, layer in found.items():
         own = layer.tensors()
+        if set(layers[i]) not in FORMS or not all(t.dim() == 3 and t.is_floating_point() and t.shape[0] == memory.batch for t in own.values()):
+            raise ValueError(f"layer {i} holds {sorted(layers[i])}, or has other rows than the rest")
         problems = [
-            (set(layers[i]) not in FORMS, f"layer {i} holds {sorted(layers[i])}"),
-            (not all(t.dim() == 3 and t.is_floating_point() and t.shape[0] == memory.batch for t in own.values()), f"layer {i} has other rows than the rest"),
             (len({t.shape[1] for t in own.values()}) > 1 or "trust" in own and own["trust"].shape[2] != 1, f"layer {i} has keys without values"),
             (layer.sizes is not None and not (len(layer.sizes) == 2 and all(type(n) is int and n > 0 for n in layer.sizes)),
              f"layer {i} has codes of sizes {layer.sizes}"),

@@ -281,6 +281,7 @@ def check_base(manifest: dict, folder, loaded: Loaded) -> None:
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
 
 
+MOST_NUMBERS = 4  # of an adapter file, for every number of its base (and of a tiny one, as if that had a million): far more than any arm has
 WHOLE = lambda value: type(value) is int
 OF_TYPE = {"int": WHOLE, "int | None": lambda value: value is None or WHOLE(value), "float": lambda value: type(value) in (int, float) and math.isfinite(value),
            "bool": lambda value: type(value) is bool, "str": lambda value: type(value) is str,
@@ -299,9 +300,13 @@ def read_config(manifest: dict, folder) -> TTTConfig:
                         "that wrote it") from error
 
 
-def check_widths(file, sizes: dict[str, int], path: str) -> None:
-    """Every size among the settings is a dimension of some tensor: UserError before anything is built where the open file's widest one is smaller."""
-    widest = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)
+def check_sizes(file, sizes: dict[str, int], loaded: Loaded, path: str) -> None:
+    """UserError, before anything is read or built, where an open file claims more numbers than an adapter of this base can have, or where one of
+    the settings' sizes, each a dimension of some tensor, is beyond the file's widest one."""
+    shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+    numbers, widest = sum(map(math.prod, shapes)), max((max(shape, default=0) for shape in shapes), default=0)
+    if numbers > MOST_NUMBERS * (loaded.parameters + 2 ** 20):
+        raise UserError(f"{path}: claims {numbers} numbers, more than any adapter of {loaded.row.name} has; do not use it")
     for name, size in sizes.items():
         if size > widest:
             raise UserError(f"{path}: does not fit its manifest ({name} is {size}, and no tensor is as wide)")
@@ -333,7 +338,7 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     try:
         with safe_open(str(Path(folder) / "adapter.safetensors"), framework="pt") as file:
             sizes = {name: getattr(config, name) for name in ("kernel", "key_map", "value_rank", "write_attention", "read_attention")}
-            check_widths(file, sizes, f"{folder}/adapter.safetensors")
+            check_sizes(file, sizes, loaded, f"{folder}/adapter.safetensors")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
@@ -358,7 +363,7 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     try:
         config = LoraConfig.from_pretrained(str(path))
         with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
-            check_widths(file, {"r": config.r} | config.rank_pattern, f"{path}/adapter_model.safetensors")
+            check_sizes(file, {"r": config.r} | config.rank_pattern, loaded, f"{path}/adapter_model.safetensors")
     except (SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no LoRA ({str(error).splitlines()[0][:100]}); restore the folder") from error
     lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)

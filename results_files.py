@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import benchmark_file
-from manifests import UserError, cost_usd, naming, put_back, replacing, utc, write_json
+from manifests import UserError, cost_usd, current_commit, naming, put_back, replacing, utc, write_json
 
 RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (str,), "seed": (int, type(None)),
               "adapter": (str, type(None)), "benchmark": (dict,), "conditions": (list,), "levels": (list,),
@@ -171,6 +171,9 @@ def open_folder(out, resume, mine):
         if earlier.get("identity", {}).get(name) != value:
             raise UserError(f"{out}: its results come from another {name.removesuffix('_sha256')} "
                             f"({str(earlier.get('identity', {}).get(name))[:12]}, now {str(value)[:12]}); name another --out")
+    now = current_commit()
+    if earlier.get("commit", now) != now:
+        raise UserError(f"{out}: its results come from another commit ({earlier['commit']}, now {now}); check that one out, or name another --out")
     vouched, text = check_sums(out, earlier), rows_file.read_bytes()
     if vouched is None:
         print(f"{rows_file}: no hash of its rows was kept, so they are gone on with unchecked", file=sys.stderr)
