@@ -185,15 +185,15 @@ class Kit:
         return in_fork(functools.partial(called, argv, prepare))
 
 
-def in_fork(function):
-    """What a function returns in a fork of this process; Fault where that one dies."""
+def in_fork(function, limit: int | None = LIMIT):
+    """What a function returns in a fork of this process; Fault where that one dies, or takes longer than `limit` seconds."""
     fork = multiprocessing.get_context("fork")  # nothing is pickled on the way in, so a function may be one of this moment
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=lambda: sender.send(function()))
     process.start()
     sender.close()
     try:
-        require(receiver.poll(LIMIT), f"was still running after {LIMIT} s")
+        require(receiver.poll(limit), f"was still running after {limit} s")
         return receiver.recv()
     except EOFError:
         process.join()

@@ -362,6 +362,8 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     check_vouched(folder, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
     try:
         config = LoraConfig.from_pretrained(str(path))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter_config.json is of {type(config).__name__}")
         with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
             check_sizes(file, {"r": config.r} | config.rank_pattern, loaded, f"{path}/adapter_model.safetensors")
     except (SafetensorError, TypeError, ValueError) as error:
