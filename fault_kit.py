@@ -185,6 +185,24 @@ class Kit:
         return in_fork(functools.partial(called, argv, prepare))
 
 
+class Forked:
+    """A script in a fork of this process, as subprocess.Popen has one, for kills."""
+
+    def __init__(self, argv: list[str]):
+        self.process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(called(argv, None).code))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
 def in_fork(function, limit: int | None = LIMIT):
     """What a function returns in a fork of this process; Fault where that one dies, or takes longer than `limit` seconds."""
     fork = multiprocessing.get_context("fork")  # nothing is pickled on the way in, so a function may be one of this moment
@@ -218,7 +236,7 @@ def called(argv: list[str], prepare) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def wait_for(path: Path, process: subprocess.Popen, ready=lambda path: path.exists()) -> None:
+def wait_for(path: Path, process: subprocess.Popen | Forked, ready=lambda path: path.exists()) -> None:
     """Until the file is there; Fault where the process ends before."""
     deadline = time.monotonic() + LIMIT
     while not ready(path):

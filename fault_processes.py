@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import objectives
 import run_experiment
 import train_minimal
-from fault_kit import ADAPTER, HERE, ROWS, STATE, Kit, refused, require, rows, same_arm, same_rows, succeeded, wait_for
+from fault_kit import ADAPTER, HERE, LIMIT, ROWS, STATE, Forked, Kit, refused, require, rows, same_arm, same_rows, succeeded, wait_for
 from manifests import read_manifest
 from verify_files import verify
 
@@ -28,26 +28,28 @@ KILLS = 25
 def killed(kit: Kit, name: str, argv_of, first_of, straight: Path, compare, left) -> str:
     """Kill a script with SIGKILL at random moments after its first file, resume it, and compare with the uninterrupted one.
 
+    Every fifth one is killed and resumed as it is typed; the others are forks of this process, which need not load their libraries first.
     argv_of(out): its command line; first_of(out): a file it writes early; left(out): how far it was, for the report.
     """
     draw, seen = kit.draws(name), []
-    process, out = kit.start(argv_of(kit.root / name / "timed")), kit.root / name / "timed"
+    out = kit.root / name / "timed"
+    process = Forked(argv_of(out))
     wait_for(first_of(out), process)
     begun = time.monotonic()
-    succeeded(kit.end(process))
+    require(process.wait(LIMIT) == 0, "the uninterrupted one failed")
     seconds = time.monotonic() - begun
     compare(out, straight)
     while len(seen) < kit.cases(KILLS):
-        out = kit.root / name / f"{len(seen)}"
-        process = kit.start(argv_of(out))
+        out, typed = kit.root / name / f"{len(seen)}", len(seen) % 5 == 4
+        process = kit.start(argv_of(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) if typed else Forked(argv_of(out))
         wait_for(first_of(out), process)
         time.sleep(draw.uniform(0, seconds))
         process.kill()
-        if kit.end(process).code != -signal.SIGKILL:  # it was done before its moment came
+        if process.wait(LIMIT) != -signal.SIGKILL:  # it was done before its moment came
             shutil.rmtree(out)
             continue
         seen.append(left(out))
-        succeeded(kit.run([*argv_of(out), "--resume"]))
+        succeeded((kit.run if typed else kit.call)([*argv_of(out), "--resume"]))
         compare(out, straight)
         shutil.rmtree(out)
     return f"{len(seen)} kills, each resumed to the same end; they left {', '.join(map(str, sorted(seen)))}"
