@@ -127,7 +127,7 @@ class Kit:
         """The first English conversations of levels 1 and 2."""
         whole = json.loads((HERE / "benchmark_v1.json").read_text(encoding="utf-8"))
         english = [sample for sample in whole["samples"] if sample["lang"] == "en"]
-        write_json(self.root / "benchmark.json", whole | {"samples": [s for level in (1, 2) for s in [s for s in english if s["level"] == level][:4]]})
+        write_json(self.root / "benchmark.json", whole | {"samples": [s for level in (1, 2) for s in [s for s in english if s["level"] == level][:self.cases(4, 2)]]})
         return self.root / "benchmark.json"
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from manifests import UserError, file_sha256
+from manifests import UserError
 
 PATIENCE = constants.HF_HUB_ETAG_TIMEOUT  # seconds without an answer after which a request is given up; the library's variable, 10 unless set
 PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt
@@ -21,21 +21,19 @@ def hub_snapshot(asked: str, name: str, revision: str | None, patterns: list[str
     """The local folder with the files of a Hub repository that match `patterns`, downloaded where they are not there yet.
 
     A hub that does not answer is asked three times; with HF_HUB_OFFLINE set nothing is asked for. Raises UserError, which begins with `asked`, with
-    the cause and `mend`, also where a file's bytes are not those that the Hub has a SHA-256 of.
+    the cause and `mend`.
     """
     limit_waiting()
     wanted, pauses = f"{name}@{revision}" if revision else name, [] if constants.is_offline_mode() else list(PAUSES)
     while True:
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=PATIENCE))
-            break
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=PATIENCE))
         except Exception as error:  # the library's own, its HTTP library's and the system's: why() tells them apart
             if isinstance(error, FINAL) or not pauses:
                 raise UserError(f"{asked}: {wanted}: {why(error, revision)}; {mend}") from error
             pause = pauses.pop(0)
             print(f"{wanted}: {why(error, revision)}; trying again in {pause:g} s", file=sys.stderr)
         time.sleep(pause)
-    check_blobs(folder)
     return folder
 
 
@@ -61,9 +59,8 @@ def why(error: Exception, revision: str | None) -> str:
     return f"the Hub cannot be reached or does not answer ({type(cause).__name__})"
 
 
-def check_blobs(folder: Path) -> None:
-    """Hold a snapshot's large files to the SHA-256 that the Hub's cache names them by; small ones have a name of another kind."""
-    for path in sorted(folder.rglob("*")):
-        blob = path.resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_sha256(blob) != blob.name:
-            raise UserError(f"{path}: cut short or changed (its SHA-256 is not the one that the Hub has); remove {blob}, and it is downloaded again")
+def check_blob(path: Path, sha: str) -> None:
+    """UserError where a file has another SHA-256 than the one that the Hub's cache names large files by."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and sha != blob.name:
+        raise UserError(f"{path}: cut short or changed (its SHA-256 is not the one that the Hub has); remove {blob}, and it is downloaded again")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen3Config)
 
+from adapter_checks import check_sizes, check_vouched, read_config, too_large
 from gguf_packages import GGUF, available, converted_folder
-from hub_files import hub_snapshot
+from hub_files import check_blob, hub_snapshot
 from in_place_ttt import InPlaceTTT, TTTConfig, check_layers
-from manifests import MEND, UserError, file_sha256, parse_files, read_manifest, run_script, write_manifest
+from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
 from memory import tensors_digest
 from tensor_files import save_tensors
 
@@ -242,7 +242,9 @@ def weights_sha256(folder: Path) -> str:
         raise UserError(f"{folder}: holds no *.safetensors; convert the weights to safetensors first")
     sha = hashlib.sha256()
     for path in files:
-        sha.update(f"{path.name} {file_sha256(path)}\n".encode())
+        own = file_sha256(path)
+        check_blob(path, own)
+        sha.update(f"{path.name} {own}\n".encode())
     return sha.hexdigest()
 
 
@@ -269,55 +271,11 @@ def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict, more_files=()) -
     write_manifest(folder, manifest, ["adapter.safetensors", *more_files])
 
 
-def too_large(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor with a value that a checkpoint's float16 cannot hold, NaN among them; None where all fit."""
-    return next((name for name, t in tensors.items() if not t.detach().to(torch.float16).isfinite().all()), None)
-
-
 def check_base(manifest: dict, folder, loaded: Loaded) -> None:
     sha = str(manifest.get("model_sha256"))
     if sha != loaded.sha256:
         raise UserError(f"{folder}: trained on {manifest.get('model')} ({sha[:12]}), not on "
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
-
-
-MOST_NUMBERS = 4  # of an adapter file, for every number of its base (and of a tiny one, as if that had a million): far more than any arm has
-WHOLE = lambda value: type(value) is int
-OF_TYPE = {"int": WHOLE, "int | None": lambda value: value is None or WHOLE(value), "float": lambda value: type(value) in (int, float) and math.isfinite(value),
-           "bool": lambda value: type(value) is bool, "str": lambda value: type(value) is str,
-           "tuple[int, ...]": lambda value: type(value) is list and all(map(WHOLE, value))}  # what JSON may hold for a field of TTTConfig
-
-
-def read_config(manifest: dict, folder) -> TTTConfig:
-    """The settings in a memory arm's manifest; UserError where they cannot be used."""
-    try:
-        wrong = [field.name for field in fields(TTTConfig) if field.name in manifest["ttt"] and not OF_TYPE[field.type](manifest["ttt"][field.name])]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {str(manifest['ttt'][wrong[0]])[:40]!r}")
-        return TTTConfig(**manifest["ttt"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file, or the project's version "
-                        "that wrote it") from error
-
-
-def check_sizes(file, sizes: dict[str, int], loaded: Loaded, path: str) -> None:
-    """UserError, before anything is read or built, where an open file claims more numbers than an adapter of this base can have, or where one of
-    the settings' sizes, each a dimension of some tensor, is beyond the file's widest one."""
-    shapes = [file.get_slice(name).get_shape() for name in file.keys()]
-    numbers, widest = sum(map(math.prod, shapes)), max((max(shape, default=0) for shape in shapes), default=0)
-    if numbers > MOST_NUMBERS * (loaded.parameters + 2 ** 20):
-        raise UserError(f"{path}: claims {numbers} numbers, more than any adapter of {loaded.row.name} has; do not use it")
-    for name, size in sizes.items():
-        if size > widest:
-            raise UserError(f"{path}: does not fit its manifest ({name} is {size}, and no tensor is as wide)")
-
-
-def check_vouched(folder, names) -> None:
-    """UserError where a file that is about to be read is not among those whose hash the manifest keeps."""
-    vouched = parse_files(Path(folder) / "manifest.json", MEND)["files"]
-    for name in names:
-        if name not in vouched:
-            raise UserError(f"{folder}/manifest.json: keeps no SHA-256 of {name}, so it is not read; {MEND}")
 
 
 def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPlaceTTT, dict]:
@@ -338,7 +296,7 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     try:
         with safe_open(str(Path(folder) / "adapter.safetensors"), framework="pt") as file:
             sizes = {name: getattr(config, name) for name in ("kernel", "key_map", "value_rank", "write_attention", "read_attention")}
-            check_sizes(file, sizes, loaded, f"{folder}/adapter.safetensors")
+            check_sizes(file, sizes, loaded.row.name, loaded.parameters, f"{folder}/adapter.safetensors")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
@@ -365,7 +323,7 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter_config.json is of {type(config).__name__}")
         with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
-            check_sizes(file, {"r": config.r} | config.rank_pattern, loaded, f"{path}/adapter_model.safetensors")
+            check_sizes(file, {"r": config.r} | config.rank_pattern, loaded.row.name, loaded.parameters, f"{path}/adapter_model.safetensors")
     except (SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no LoRA ({str(error).splitlines()[0][:100]}); restore the folder") from error
     lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)

@@ -172,7 +172,7 @@ def open_folder(out, resume, mine):
             raise UserError(f"{out}: its results come from another {name.removesuffix('_sha256')} "
                             f"({str(earlier.get('identity', {}).get(name))[:12]}, now {str(value)[:12]}); name another --out")
     now = current_commit()
-    if earlier.get("commit", now) != now:
+    if str(earlier.get("commit", now)).removesuffix("-dirty") != now.removesuffix("-dirty"):  # rows of a tracked folder make the checkout dirty by themselves
         raise UserError(f"{out}: its results come from another commit ({earlier['commit']}, now {now}); check that one out, or name another --out")
     vouched, text = check_sums(out, earlier), rows_file.read_bytes()
     if vouched is None:

@@ -25,12 +25,13 @@ import torch
 from tqdm import tqdm
 
 import training_bank
+from adapter_checks import too_large
 from arms import LORA, Arm, base_digest, updates_before
 from fast_weight import TARGETS
 from halving import out_of_memory
 from hardware import be_deterministic, hardware
 from manifests import UserError, cost_usd, naming, provenance, put_back, run_script, utc
-from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device, too_large
+from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from training_data import BankDataset, TextDataset, batches, load_texts
 from training_state import LOG, STATE, identity, keep_log, resume, save_state

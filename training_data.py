@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import prompts
 import training_bank
+from hub_files import limit_waiting
 from manifests import UserError, file_sha256
 
 IGNORE = -100           # label of a position that carries no loss
@@ -265,6 +266,7 @@ def jsonl_text(line: str, path: Path, number: int) -> str:
 def no_robots() -> tuple[list[str], str]:
     """The public attempt's corpus: each dialogue as "role: content" lines."""
     from datasets import load_dataset
+    limit_waiting()
     try:
         rows = load_dataset(NO_ROBOTS, split="train")
     except Exception as error:  # offline, proxy, gated: the mend is the same
