@@ -138,7 +138,7 @@ def damage(kit: Kit) -> str:
     loaded = load_model(str(kit.model))
     counts["adapters"] = damaged(kit, "adapter", kit.adapter, ADAPTER, lambda copy: raises(UserError, lambda: load_adapter(copy, loaded), copy / ADAPTER), cases(200))
     counts["LoRAs"] = damaged(kit, "lora", kit.tuned, "lora/adapter_model.safetensors",
-                              lambda copy: refused(kit.call(kit.ask(copy / "out", "--tuned-adapter", copy, conditions="A_tuned")), copy), cases(10))
+                              lambda copy: refused(kit.call(kit.ask(copy / "out", "--tuned-adapter", copy, conditions="A_tuned")), copy), cases(4))
     straight = a_memory()
     folder = kit.folder("memory")
     straight.save(folder / "m.safetensors")
@@ -152,15 +152,15 @@ def damage(kit: Kit) -> str:
             require(loaded.digest() == straight.digest() and loaded.weight_norms == straight.weight_norms, "another memory is taken")
     counts["memories"] = damaged(kit, "memory", folder, "m.safetensors", same_memory, cases(400))
     half = unfinished(kit)
-    counts["rows under way"] = damaged(kit, "sums", half, ROWS, partial(named_or_whole, kit), cases(16))
+    counts["rows under way"] = damaged(kit, "sums", half, ROWS, partial(named_or_whole, kit), cases(6))
     out = kit.root / "killed-arm"
     process = kit.start(kit.train(out))
     wait_for(out / "arm" / STATE, process)
     process.kill()
     kit.end(process)
     for name, file in (("states", f"arm/{STATE}"), ("logs", "arm/train.jsonl")):
-        counts[name] = damaged(kit, name, out, file, partial(named_or_same, kit, file), cases(16))
-    counts["benchmarks"] = damaged(kit, "benchmark", beside_benchmark(kit), "benchmark.json", partial(other_benchmark, kit), cases(10))
+        counts[name] = damaged(kit, name, out, file, partial(named_or_same, kit, file), cases(6))
+    counts["benchmarks"] = damaged(kit, "benchmark", beside_benchmark(kit), "benchmark.json", partial(other_benchmark, kit), cases(6))
     counts["caches"] = damaged_cache(kit, cases(40))
     return f"{sum(counts.values())} damages, each named and never used: " + ", ".join(f"{n} of {name}" for name, n in counts.items())
 

@@ -117,11 +117,11 @@ def main() -> None:
         for name in arguments.only:
             results.append(run_row(ROWS[name], kit))
             show(results[-1])
-    count = {verdict: sum(result["verdict"] == verdict for result in results) for verdict in LABEL}
+            count = {verdict: sum(result["verdict"] == verdict for result in results) for verdict in LABEL}
+            if arguments.out:  # after each row, because they take minutes
+                write_json(arguments.out, {"quick": arguments.quick, "seed": arguments.seed, **made, "hardware": hardware("cpu"), "started": utc(started),
+                                           "ended": utc(time.time()), "count": count, "rows": results})
     print(", ".join(f"{number} {LABEL[verdict]}" for verdict, number in count.items()))
-    if arguments.out:
-        write_json(arguments.out, {"quick": arguments.quick, "seed": arguments.seed, **made, "hardware": hardware("cpu"), "started": utc(started),
-                                   "ended": utc(time.time()), "count": count, "rows": results})
     sys.exit(1 if count["fail"] else 0)
 
 

@@ -18,7 +18,13 @@ MEND = "restore the file or train again"  # of a checkpoint
 
 
 class UserError(Exception):
-    """Something the caller can mend; the message is one line that names it. Scripts print it and exit with 2."""
+    """Something the caller can mend; the message is one line that names it. Scripts print it and exit with 2.
+
+    What a file says may be in it: anything that is not printable becomes a question mark, so that no file writes a line of its own.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
 
 
 def run_script(main) -> None:

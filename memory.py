@@ -336,7 +336,7 @@ class Memory:
         try:
             return from_tensors(tensors, json.loads(metadata["weight_norms"]), json.loads(metadata["sizes"])).to(device)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # a right digest says only that nobody changed it since
-            raise MemoryFileError(f"{path}: its content is no memory ({type(error).__name__}: {error}); write the memory again") from error
+            raise MemoryFileError(f"{path}: its content is no memory ({type(error).__name__}: {ascii(str(error))}); write the memory again") from error
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], norms: dict, sizes: dict) -> Memory:
