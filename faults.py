@@ -1,6 +1,6 @@
 """Nothing lost: bring every fault of the table about, and say of each whether what must happen then happened.
 
-    python faults.py                              everything, on a CPU: most of an hour on one core
+    python faults.py                              everything, on a CPU: about an hour on a core of its own
     python faults.py --quick                      a few kills and cases of each
     python faults.py --only kill-train,hub --out results/faults/some.json
     python faults.py --list
