@@ -164,6 +164,7 @@ def hostile_memory(kit: Kit) -> str:
 def hostile_benchmark(kit: Kit) -> str:
     whole, count = json.loads(kit.benchmark.read_text(encoding="utf-8")), 0
     path, out = kit.folder("hostile-benchmark") / "b.json", kit.root / "hostile-benchmark-out"
+    argv = [*kit.ask(out), "--benchmark", str(path)]
 
     def change(place, value):
         bench = copy.deepcopy(whole)
@@ -188,7 +189,7 @@ def hostile_benchmark(kit: Kit) -> str:
     for number, (name, data) in enumerate(files.items()):
         path.write_bytes(data)
         before = sorted(kit.root.iterdir())
-        line = refused(kit.call([*kit.ask(out), "--benchmark", str(path)]), path)
+        line = refused(kit.call(argv), path)
         require(all(char.isprintable() for char in line) and len(line) < 600, f"{name}: the message itself has control characters, or is long")
         require(sorted(kit.root.iterdir()) == before and not out.exists(), f"{name}: something was written")
         count += 1
