@@ -17,7 +17,8 @@ LEVELS = (1, 2, 3)
 LANGS = ("en", "zh")
 CATEGORIES = ("person", "numeric", "temporal", "relational", "preference", "spatial", "project")
 
-TEXT = {"type": "string", "pattern": r"\S"}  # a string that holds more than white space
+LONGEST = {"text": 500_000, "word": 2_000}  # characters: ten times what any model of the table reads, and what an id, a question or an answer may have
+TEXT = {"type": "string", "pattern": r"\S", "maxLength": LONGEST["word"]}  # a string that holds more than white space
 FACT = {
     "type": "object",
     "required": ["fact_id", "fact_text", "category"],
@@ -52,10 +53,10 @@ SAMPLE = {
         "level": {"enum": list(LEVELS)},
         "lang": {"enum": list(LANGS)},
         "skeleton_id": TEXT,
-        "conversation": TEXT,
+        "conversation": TEXT | {"maxLength": LONGEST["text"]},
         "facts": {"type": "array", "items": FACT, "minItems": 1},
         "probes": {"type": "array", "items": PROBE, "minItems": 1},
-        "distractor": {"type": ["string", "null"], "pattern": r"\S"},
+        "distractor": {"type": ["string", "null"], "pattern": r"\S", "maxLength": LONGEST["text"]},
     },
 }
 SCHEMA = {
@@ -174,6 +175,8 @@ def _explain(error):
         return f"is {_short(error.instance)}, but must be one of {', '.join(map(str, wanted))}; change it"
     if kind == "pattern":
         return "is empty; give it a text"
+    if kind == "maxLength":
+        return f"has {len(error.instance)} characters, but may have {wanted} at most; shorten it"
     if kind == "minItems":
         return f"has {len(error.instance)} entries, but needs {wanted} or more; add them"
     return f"{' '.join(_short(error.message).split())}; change it"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from manifests import UserError, file_sha256
+from manifests import UserError, check_files, file_sha256, parse_files, write_manifest
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,22 @@ def converted_path(name: str, gguf: GGUF) -> Path:
     return cache_dir() / f"{name}-{gguf.sha256[:12]}"
 
 
+def is_converted(name: str, gguf: GGUF) -> bool:
+    """Whether a conversion is kept with the hashes of its files; one that an earlier version left without them is made again."""
+    return (converted_path(name, gguf) / "manifest.json").is_file()
+
+
 def available(name: str, gguf: GGUF) -> bool:
     """Whether this machine holds the weights: converted before, or in installed packages."""
-    return converted_path(name, gguf).is_dir() or not missing_packages(gguf)
+    return is_converted(name, gguf) or not missing_packages(gguf)
 
 
 def converted_folder(name: str, gguf: GGUF) -> Path:
-    """The safetensors folder of a packaged GGUF, made on the first call (under a minute) and then only looked up."""
+    """The safetensors folder of a packaged GGUF, made on the first call (under a minute) and then only checked against its hashes."""
     folder = converted_path(name, gguf)
-    if folder.is_dir():
+    if is_converted(name, gguf):
+        mend = f"remove {folder}, and it is made again"
+        check_files(folder, folder / "manifest.json", parse_files(folder / "manifest.json", mend)["files"], mend)
         return folder
     print(f"{name}: converting its GGUF once into {folder}", file=sys.stderr)
     try:
@@ -65,7 +72,10 @@ def converted_folder(name: str, gguf: GGUF) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as temporary:
             convert_gguf(name, gguf, Path(temporary))
             done = Path(temporary) / "model"
-            if not folder.exists():  # another process may have been faster; its folder is the same
+            write_manifest(done, {"gguf_sha256": gguf.sha256}, sorted(path.name for path in done.iterdir()))
+            if not is_converted(name, gguf):  # another process may have been faster; its folder is the same
+                if folder.exists():
+                    os.replace(folder, Path(temporary) / "without-hashes")
                 os.replace(done, folder)
     except OSError as error:
         raise UserError(f"{folder.parent}: cannot keep the converted {name} there ({error.strerror or error}); "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from manifests import UserError
 
@@ -38,6 +39,11 @@ class Items:
         return [replace(self, items=part) for part in (self.items[:middle], self.items[middle:])]
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, a GPU or the host, had no memory for what was asked of it."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
+
+
 def in_halves(jobs: list, ask: Callable[[Job], list[dict]], bar) -> Iterator[tuple[Job, list[dict]]]:
     """(job, its rows) of every job in order. One that the device has no memory for is asked in halves, and so are the larger ones of
     its kind that follow. bar: a tqdm, which names the kind. UserError where one question is too much."""
@@ -48,7 +54,9 @@ def in_halves(jobs: list, ask: Callable[[Job], list[dict]], bar) -> Iterator[tup
             bar.set_postfix_str(job.kind)
             try:
                 rows = ask(job)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 rows = None  # nothing is done here: the error still holds the tensors of the frames it came through
             if rows is not None:
                 yield job, rows

@@ -23,9 +23,10 @@ import torch
 import transformers
 from huggingface_hub import HfApi, ModelCardData
 
+from adapter_checks import read_config
 from manifests import UserError, current_commit, read_manifest, run_script, write_json
 from memory_model import ADAPTER
-from model_utils import Loaded, check_base, load_adapter, load_lora, load_model, read_config
+from model_utils import Loaded, check_base, load_adapter, load_lora, load_model
 
 HERE = Path(__file__).parent
 LICENCES = {"Apache-2.0": "apache-2.0", "Gemma terms": "gemma"}  # the table's words -> the Hub's names; "other" for the rest

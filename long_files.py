@@ -59,7 +59,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
 def parsed(text: str, where: str):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); download the published file again") from None
 
 

@@ -168,7 +168,7 @@ def read_essays(path) -> list[str]:
         essay = text.split()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {mend}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: no UTF-8 JSON with a field 'text'; {mend}") from None
     if not essay:
         raise UserError(f"{path}: holds no words; {mend}")

@@ -145,14 +145,20 @@ def write_items(items: list[Item], path: Path) -> None:
 def read_items(path, tokenizer) -> list[Item]:
     """The items that `--profile --out` wrote; UserError for a line that is none, or that another tokenizer has sized."""
     items, taken, mend = [], set(), "write it again with python long_tasks.py --profile NAME --out FILE"
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):  # not splitlines: a text may hold other separators
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); {mend}") from None
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # not splitlines: a text may hold other separators
         try:
             fields = json.loads(line)
             item = Item(**fields | {"answers": tuple(fields["answers"])})
             if item.metric not in METRICS or not all(type(n) is int and n >= 0 for n in (item.length, item.new_tokens, item.tokens, item.seed, item.index)):
                 raise ValueError(f"metric {item.metric!r} or a number is not one")
+            if not all(isinstance(part, str) for part in (item.task, item.document, item.question, *item.answers)):
+                raise ValueError("task, document, question or an answer is no text")
             tokens = count_tokens(tokenizer, Parts(item.document, item.question, item.answers))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path} line {number}: no item ({error}); {mend}") from None
         find_task(item.task)
         if (place := (item.task, item.length, item.seed, item.index)) in taken:

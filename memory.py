@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from side_stream import unit_rms
+from tensor_files import save_tensors
+
+
+MOST_ROWS = 1_000_000  # of a memory file: no batch has as many, and a file that claims more is refused before anything of it is read
+FORMS = ({"update"}, {"keys", "values"}, {"keys", "values", "trust"})  # what a layer of a memory file may hold
 
 
 class MemoryFileError(ValueError):
@@ -304,36 +308,61 @@ class Memory:
 
     def save(self, path) -> None:
         """Write one safetensors file with its digest inside; written whole or not at all."""
-        path = Path(path)
         norms, sizes = json.dumps(self.weight_norms), json.dumps({i: layer.sizes for i, layer in self.layers.items()})
         metadata = {"digest": file_digest(self.named_tensors(), norms, sizes), "weight_norms": norms, "sizes": sizes}
-        part = path.with_name(path.name + ".part")
-        save_file({name: t.detach().contiguous().cpu() for name, t in self.named_tensors().items()}, str(part), metadata)
-        os.replace(part, path)
+        save_tensors(self.named_tensors(), path, metadata)
 
     @staticmethod
     def load(path, device="cpu") -> "Memory":
-        """Read a file that `save` wrote; MemoryFileError when it is missing, cut short or changed."""
+        """Read a file that `save` wrote; MemoryFileError when it is missing, cut short, changed, or holds no memory under a right digest."""
         path = Path(path)
         if not path.is_file():
             raise MemoryFileError(f"{path}: no such memory file; write one with Memory.save")
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+                rows = {shape[0] if shape else 0 for shape in shapes.values()}
+                if any(count > MOST_ROWS for count in rows):
+                    raise MemoryFileError(f"{path}: claims {max(rows)} rows, more than {MOST_ROWS}; it is no memory that this project wrote")
                 # cloned: tensors out of a file lie at any address, and at some of them kernels round otherwise
-                tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in shapes}
         except SafetensorError as error:
             raise MemoryFileError(f"{path}: not a whole safetensors file ({error}); write the memory again") from error
         if "digest" in metadata and "sizes" not in metadata:
             raise MemoryFileError(f"{path}: written by an earlier version of the project; write the memory again")
         if metadata.get("digest") != file_digest(tensors, metadata.get("weight_norms", ""), metadata.get("sizes", "")):
             raise MemoryFileError(f"{path}: its content does not match its digest; write the memory again")
-        layers: dict[int, dict] = {}
-        for name in (n for n in tensors if "." in n):
-            layers.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = tensors[name]
-        norms = {int(i): norm for i, norm in json.loads(metadata["weight_norms"]).items()}
-        sizes = {int(i): tuple(pair) if pair else None for i, pair in json.loads(metadata["sizes"]).items()}
-        memory = Memory({i: LayerMemory(**layers[i], sizes=sizes[i]) for i in sorted(layers)}, tensors["tokens"], tensors["chunks"], norms)
-        return memory.to(device)
+        try:
+            return from_tensors(tensors, json.loads(metadata["weight_norms"]), json.loads(metadata["sizes"])).to(device)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # a right digest says only that nobody changed it since
+            raise MemoryFileError(f"{path}: its content is no memory ({type(error).__name__}: {ascii(str(error))}); write the memory again") from error
+
+
+def from_tensors(tensors: dict[str, torch.Tensor], norms: dict, sizes: dict) -> Memory:
+    """The memory that named_tensors() came from; ValueError, KeyError, TypeError or AttributeError for tensors that are none."""
+    layers: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        if name not in ("tokens", "chunks"):
+            number, _, part = name.partition(".")
+            layers.setdefault(int(number), {})[part] = tensor
+    found = {i: LayerMemory(**layers[i], sizes=sizes[str(i)] and tuple(sizes[str(i)])) for i in sorted(layers)}
+    memory = Memory(found, tensors["tokens"], tensors["chunks"], {i: norms[str(i)] for i in found})
+    for i, layer in found.items():
+        own = layer.tensors()
+        if set(layers[i]) not in FORMS or not all(t.dim() == 3 and t.is_floating_point() and t.shape[0] == memory.batch for t in own.values()):
+            raise ValueError(f"layer {i} holds {sorted(layers[i])}, or has other rows than the rest")
+        problems = [
+            (len({t.shape[1] for t in own.values()}) > 1 or "trust" in own and own["trust"].shape[2] != 1, f"layer {i} has keys without values"),
+            (layer.sizes is not None and not (len(layer.sizes) == 2 and all(type(n) is int and n > 0 for n in layer.sizes)),
+             f"layer {i} has codes of sizes {layer.sizes}"),
+            (not (type(memory.weight_norms[i]) is float and math.isfinite(memory.weight_norms[i])), f"layer {i} has a |W_down| of {memory.weight_norms[i]!r}")]
+        for wrong, message in problems:
+            if wrong:
+                raise ValueError(message)
+    if not found or any(t.dtype != torch.int64 or t.shape != (memory.batch,) for t in (memory.tokens, memory.chunks)):
+        raise ValueError("no layer, or counts that are not one a row")
+    return memory
 
 
 def _stack_layer(layers: list[LayerMemory]) -> LayerMemory:
@@ -347,9 +376,9 @@ def _stack_layer(layers: list[LayerMemory]) -> LayerMemory:
     return LayerMemory.factored(torch.cat([p.keys for p in padded]), torch.cat([p.values for p in padded]), trust, layers[0].sizes)
 
 
-def file_digest(tensors: dict[str, torch.Tensor], norms: str, sizes: str) -> str:
-    """Over everything a memory file holds: the tensors, and the norms and sizes in its header."""
-    return hashlib.sha256(f"{tensors_digest(tensors)} {norms} {sizes}".encode()).hexdigest()
+def file_digest(tensors: dict[str, torch.Tensor], *header: str) -> str:
+    """SHA-256 over everything a file holds: the tensors, and the texts in its header."""
+    return hashlib.sha256(" ".join([tensors_digest(tensors), *header]).encode()).hexdigest()
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:

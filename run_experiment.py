@@ -8,20 +8,17 @@ everything needed to repeat the run. An interrupted run goes on with --resume.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import benchmark_file
 from conditions import CONDITIONS, Condition, Texts, answer, check_lengths, plan, text_length
 from decoding import kv_bytes_per_token
 from halving import in_halves
-from manifests import UserError, file_sha256, provenance, read_manifest, run_script
+from hardware import be_deterministic, hardware
+from manifests import UserError, file_sha256, provenance, read_manifest, run_script, utc
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
 from results_files import MEMORYLESS, Rows, ask_into, only_run, open_folder
 
@@ -87,19 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def be_deterministic() -> None:
-    """Same seed, machine and number of threads, same bytes: torch refuses kernels that may differ, cuBLAS takes a fixed workspace."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first CUDA context is made
-    torch.use_deterministic_algorithms(True)
-
-
-def hardware(device: str) -> dict:
-    """Where a run ran: what its bytes may depend on."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return {"gpu": gpu, "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
-            "deterministic": torch.are_deterministic_algorithms_enabled()}
-
-
 def main() -> None:
     arguments = parse_arguments()
     if arguments.deterministic:
@@ -154,7 +138,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
                   "levels": together("levels", levels), "langs": together("langs", langs), "limit": widest(earlier, arguments.limit),
                   **provenance(), "hardware": hardware(loaded.device.type), "device": reason.split(",")[0],
                   "dtype": arguments.dtype, "batch_size": arguments.batch_size,
-                  "ttt": manifest.get("ttt"), "identity": mine, "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
+                  "ttt": manifest.get("ttt"), "identity": mine, "started": utc(started)}
         rows = ask_into(out, report, len(done), arguments.resume, started,
                         lambda rows_file: ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file))
         print(f"{rows} rows in {out}; next: python evaluate.py {out}")

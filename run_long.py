@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
 from long_modes import MODES, USUAL, asked, check_mode
-from manifests import UserError, provenance, run_script
+from manifests import UserError, provenance, run_script, utc
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
@@ -172,7 +171,7 @@ def main() -> None:
                   "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
                   "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
                   "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
-                  "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")}
+                  "started": utc(started)}
         jobs = plan(items, arguments.modes, done, arguments.batch_tokens)
         rows = ask_into(out, report, len(done), arguments.resume, started, lambda rows_file: ask(loaded, ttt, jobs, rows_file))
     print(f"{rows} rows in {out}; next: python report_long.py {out}")

@@ -172,7 +172,7 @@ def read_run(path: Path) -> dict:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         return run | {"summary": summary(run["rows"]), "compile": compile_cells(run["rows"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not what score_lm.py writes ({type(error).__name__}: {error}); restore the file or score again") from error
 
 

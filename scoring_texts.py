@@ -132,7 +132,7 @@ def read_documents(name: str, separator: str | None = None) -> list[Document]:
 def of_line(line: str, where: str, number: int) -> Document:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--text {where}: not JSON ({error}); write one document a line") from error
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):

@@ -99,7 +99,8 @@ step() {
 demo() {
     local limit="${DEMO_LIMIT:-4}" out="results/demo" python=".venv/bin/python" run
     [[ "$limit" =~ ^[1-9][0-9]*$ ]] || fail "DEMO_LIMIT is '$limit'; give a whole number from 1 on" 2
-    run="$out/limit-$limit"  # a level deeper than other runs: evaluate.py takes it only when it is named
+    # a level deeper than other runs: evaluate.py takes it only when it is named; answers of two commits are kept apart
+    run="$out/limit-$limit-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
     trap 'echo; echo "Stopped. The answers so far are kept: bash setup.sh demo goes on from there."; exit 130' INT
 
     step "1 of 4: the benchmark file keeps its own rules"

@@ -6,6 +6,7 @@ there unchanged, the stage is finished and need not run again.
 import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -157,16 +158,17 @@ class Refused(RuntimeError):
     """A script that ended with 2: what it was asked cannot be done, so that asking again is of no use."""
 
 
-def run_script(code_folder, folder, script, *arguments):
-    """Run one script of code_folder in `folder`, its output passed on line by line. Returns the lines.
+def run_script(code_folder, folder, script, *arguments, usd_per_second=None):
+    """Run one script of code_folder in `folder`, its output passed on line by line. Returns the lines. usd_per_second: for its manifest's cost.
 
     Raises RuntimeError with the script's last line when it fails, Refused where the command line or a file is to blame.
     """
     command = [sys.executable, str(code_folder / script), *map(str, arguments)]
+    rate = {} if usd_per_second is None else {"TTT_USD_PER_SECOND": str(usd_per_second)}
     print("$ python", script, *arguments, flush=True)
     lines = []
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          encoding="utf-8", errors="replace") as process:
+                          encoding="utf-8", errors="replace", env=os.environ | rate) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -193,9 +195,10 @@ def gpu_name():
 def run(stage, code_folder, folder, reserved):
     """Run the stage's commands; its record, for the cost table and the caller. reserved: {"cpu": cores, "memory": MiB}."""
     start = time.perf_counter()
-    lines = [line for command in stage.commands for line in run_script(code_folder, folder, *command)]
-    return {"stage": stage.name, "gpu": gpu_name(), "cores": reserved["cpu"], "gib": reserved["memory"] / 1024,
-            "seconds": round(time.perf_counter() - start, 1), "lines": lines[-LAST_LINES:]}
+    machine = {"gpu": gpu_name(), "cores": reserved["cpu"], "gib": reserved["memory"] / 1024}
+    rate = cost_of(machine | {"seconds": 1})
+    lines = [line for command in stage.commands for line in run_script(code_folder, folder, *command, usd_per_second=rate)]
+    return {"stage": stage.name, **machine, "seconds": round(time.perf_counter() - start, 1), "lines": lines[-LAST_LINES:]}
 
 
 # ---- cost ----

@@ -26,14 +26,17 @@ import torch
 from tqdm import tqdm
 
 import training_bank
+from adapter_checks import too_large
 from arms import LORA, Arm, base_digest, updates_before
 from decoding import check_window
 from fast_weight import TARGETS
-from manifests import UserError, provenance, run_script
+from halving import out_of_memory
+from hardware import be_deterministic, hardware
+from manifests import UserError, cost_usd, naming, provenance, put_back, run_script, utc
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from training_data import CORPORA, BankDataset, TextDataset, batches, load_texts
-from training_state import STATE, identity, keep_log, resume, save_state
+from training_state import LOG, STATE, identity, keep_log, resume, save_state
 
 UPDATES = {"recall": 1450, "lm": 520, "context": 845}  # what fitted into the sessions of the reported runs
 CONVERSATIONS = {"recall": 64, "lm": 32, "context": 32}
@@ -99,10 +102,11 @@ def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, l
                     "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
                     "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
         measured |= {name: t.tolist() for name, t in result.measures.items()}
-        log.write(json.dumps({k: rounded(v) for k, v in measured.items()}, allow_nan=False) + "\n")
+        log.write((json.dumps({k: rounded(v) for k, v in measured.items()}, allow_nan=False) + "\n").encode("utf-8"))
         bar.set_postfix_str(progress(measured))
         if (update + 1) % arguments.save_every == 0 or update + 1 in (arguments.updates, *arguments.snapshots):
             log.flush()
+            put_back(log, Path(log.name))
             save(update + 1)
 
 
@@ -187,6 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--out", default="checkpoints", help="folder of the checkpoint folders (default: %(default)s)")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base; the adapter is float32")
+    run.add_argument("--deterministic", action="store_true", help="only kernels that give the same bytes every time (default: the fastest ones)")
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
@@ -280,7 +285,9 @@ def make_dataset(arguments, config, loaded: Loaded, langs, first: int):
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments, started = parse_arguments(), time.time()
+    if arguments.deterministic:
+        be_deterministic()
     row = arguments.row
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
     if arguments.dropout and not (config and config.deep):
@@ -314,21 +321,27 @@ def main() -> None:
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay,
                               "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
                               "length": arguments.length, "groups": arguments.groups,
-                              "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
+                              "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason,
+                "hardware": hardware(device.type), "started": utc(started)}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:
         print(f"{folder}: already trained for {done} updates; nothing to do")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    losses = keep_log(folder / "train.jsonl", done)
+    losses = keep_log(folder / LOG, done)
 
     def save(update: int) -> None:
         if base_digest(loaded) != before:  # before a checkpoint of it can be mistaken for a good one
             raise RuntimeError("the base changed during training although it is frozen; nothing more was saved")
+        wrong = too_large(trained)
+        if wrong:  # before the state, which a resumed run would go on from
+            raise Diverged(f"{wrong} does not fit float16 (inf or NaN after rounding) after update {update}")
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
-        mark = {"updates": update, "conversations_seen": dataset.seen(first, first + update)}
+        seconds = round(time.time() - started, 1)  # of this process
+        mark = {"updates": update, "conversations_seen": dataset.seen(first, first + update), "ended": utc(time.time()), "seconds": seconds,
+                "cost_usd": cost_usd(seconds)}
         arm.save(folder, manifest | mark)
         if update in arguments.snapshots:
             aside = folder.with_name(f"{arguments.arm}-at-{update}")
@@ -337,22 +350,26 @@ def main() -> None:
         if update == arguments.updates:
             (folder / STATE).unlink(missing_ok=True)
 
-    with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
+    with naming(folder / LOG), (folder / LOG).open("a+b") as log:
         run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save), folder)
     print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
           f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign' if arguments.joint else ''}")
 
 
 def run_training(arguments, work, folder: Path) -> None:
-    """Do the work; divergence and Ctrl-C end it with one clear message and the last checkpoint in place."""
+    """Do the work; divergence, a device without memory and Ctrl-C end it with one clear message and the last checkpoint in place."""
+    kept = lambda what: f"{what} is kept in {folder}" if (folder / "manifest.json").exists() else f"there was no checkpoint yet in {folder}"
     try:
         work()
     except Diverged as error:
-        kept = "the last good checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
-        raise UserError(f"{arguments.arm}: {error}; {kept} in {folder}; try a lower --lr than {arguments.lr}") from error
+        raise UserError(f"{arguments.arm}: {error}; {kept('the last good checkpoint')}; try a lower --lr than {arguments.lr}") from error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{arguments.arm}: the device has no memory for an update of {arguments.conversations} conversations; {kept('the last checkpoint')}; "
+                        "go on with --resume on a device with more memory, or train another --arm with fewer --conversations") from error
     except KeyboardInterrupt:
-        kept = "its last checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
-        print(f"\ninterrupted: {kept} in {folder}; go on with --resume", file=sys.stderr)
+        print(f"\ninterrupted: {kept('its last checkpoint')}; go on with\n  {provenance()['command']}{'' if arguments.resume else ' --resume'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import prompts
 import training_bank
+from hub_files import limit_waiting
 from manifests import UserError, file_sha256
 
 IGNORE = -100           # label of a position that carries no loss
@@ -303,7 +304,7 @@ def read_utf8(path: Path) -> str:
 def jsonl_text(line: str, path: Path, number: int) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--data {path}, line {number}: no object with a \"text\" field ({type(error).__name__}); mend that line") from error
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"--data {path}, line {number}: \"text\" is not a text; mend that line")
@@ -313,6 +314,7 @@ def jsonl_text(line: str, path: Path, number: int) -> str:
 def from_hub(source: str) -> tuple[list[str], str]:
     """Texts of a corpus and their SHA-256; UserError where neither the Hub nor the cache has it."""
     import datasets
+    limit_waiting()
     corpus = CORPORA[source]
     try:
         rows = datasets.load_dataset(corpus.name, split=corpus.split, revision=corpus.revision)

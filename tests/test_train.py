@@ -668,6 +668,78 @@ def test_a_cut_state_is_one_clear_line(tmp_path, three_updates, call):
     assert code == 2 and len(err.splitlines()) == 1 and str(state) in err and "Traceback" not in err
 
 
+def test_a_changed_state_or_log_is_named_and_never_gone_on_from(tmp_path, three_updates, call):
+    """A bit of the header, of a tensor and of the log; and a log cut short or gone."""
+    whole = three_updates(False) / "a"
+    size = (whole / train_minimal.STATE).stat().st_size
+    breakages = [(train_minimal.STATE, place, None) for place in (40, size // 2, size - 1)] + [("train.jsonl", 20, None), ("train.jsonl", None, 60), ("train.jsonl", None, 0)]
+    for number, (name, place, length) in enumerate(breakages):
+        copy = shutil.copytree(whole, tmp_path / str(number) / "a")
+        data = bytearray((copy / name).read_bytes())
+        if place is None:
+            data = data[:length]
+        else:
+            data[place] ^= 1
+        (copy / name).write_bytes(data)
+        before = {p: p.read_bytes() for p in copy.iterdir()}
+        code, _, err = call([*command(tmp_path / str(number), "--save-every", 1, updates=3), "--resume"])
+        assert code == 2 and len(err.splitlines()) == 1 and str(copy / name) in err and f"remove {copy} and train again" in err, err
+        assert {p: p.read_bytes() for p in copy.iterdir()} == before
+
+
+def test_a_log_removed_while_training_is_put_back(tmp_path, call, monkeypatch):
+    save = train_minimal.save_state
+
+    def saved(folder, *more):
+        save(folder, *more)
+        (folder / "train.jsonl").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_minimal, "save_state", saved)
+        code, _, err = call(command(tmp_path, "--save-every", 1, updates=3))
+    assert code == 2 and "train.jsonl: was removed while it was written" in err and len(log_rows(tmp_path / "a")) == 2
+    assert call([*command(tmp_path, "--save-every", 1, updates=3), "--resume"])[0] == 0
+    assert [row["update"] for row in log_rows(tmp_path / "a")] == [1, 2, 3]
+
+
+def test_deterministic_trainings_have_the_same_bytes(tmp_path, call):
+    try:
+        for name in ("one", "two"):
+            assert call(command(tmp_path / name, "--deterministic", updates=2))[0] == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    one, two = ((tmp_path / name / "a/adapter.safetensors").read_bytes() for name in ("one", "two"))
+    manifest = read_manifest(tmp_path / "one/a")
+    assert one == two and manifest["hardware"]["deterministic"] is True and manifest["started"] <= manifest["ended"] and manifest["cost_usd"] is None
+
+
+def test_no_memory_for_an_update_is_one_clear_error(tmp_path, call, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(train_minimal.OBJECTIVES, "recall", full)
+    code, _, err = call(command(tmp_path))
+    line = err.splitlines()[-1]
+    assert code == 2 and "no memory for an update of 1 conversations" in line and "no checkpoint yet" in line and "--conversations" in line and "Traceback" not in err
+
+
+def test_a_step_beyond_float16_does_not_replace_the_state(tmp_path, call, monkeypatch):
+    """The checkpoint before it stays, and so does what --resume goes on from."""
+    fits = train_minimal.too_large
+
+    def after_two(trained):
+        if (tmp_path / "a/manifest.json").exists() and read_manifest(tmp_path / "a")["updates"] == 2:
+            next(iter(trained.values())).data.view(-1)[0] = 1e6
+        return fits(trained)
+
+    monkeypatch.setattr(train_minimal, "too_large", after_two)
+    code, _, err = call(command(tmp_path, "--save-every", 1, updates=4))
+    assert code == 2 and "does not fit float16" in err.splitlines()[-1] and "the last good checkpoint is kept" in err and "lower --lr" in err
+    state = load_file(tmp_path / "a" / train_minimal.STATE)
+    assert all(t.half().isfinite().all() for name, t in state.items() if name.endswith("/value")) and read_manifest(tmp_path / "a")["updates"] == 2
+
+
 def test_a_trained_arm_is_not_trained_over(tmp_path, call):
     assert call(command(tmp_path, updates=1))[0] == 0
     before = (tmp_path / "a/train.jsonl").read_bytes()
