@@ -16,10 +16,9 @@ from fast_weight import TTTConfig
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, read_manifest, write_manifest
 from memory import tensors_digest
-from model_utils import Loaded, check_base, load_adapter, load_lora, save_adapter
+from model_utils import LORA_FILES, Loaded, check_base, load_adapter, load_lora, save_adapter
 
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-LORA_FILES = ["lora/adapter_model.safetensors", "lora/adapter_config.json"]
 
 
 class Arm:

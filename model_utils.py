@@ -29,6 +29,8 @@ from tensor_files import save_tensors
 
 transformers_logging.disable_progress_bar()  # "Loading weights" is over in a second; the scripts have bars of their own
 
+LORA_FILES = ["lora/adapter_model.safetensors", "lora/adapter_config.json"]  # of a checkpoint folder with a LoRA
+
 
 @dataclass(frozen=True)
 class ModelRow:
@@ -340,7 +342,7 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     Raises UserError where the file's tensors are not exactly those of a LoRA on this base: the library would leave the rest at zero.
     """
     path = Path(folder) / "lora"
-    check_vouched(folder, ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
+    check_vouched(folder, LORA_FILES)
     try:
         config = LoraConfig.from_pretrained(str(path))
         if not isinstance(config, LoraConfig):

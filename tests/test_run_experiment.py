@@ -87,11 +87,11 @@ def manifest(loaded, config, **more):
             "ttt": config and config.to_dict(), "lora": None, "data_sha256": "0", "updates": 3, "conversations_seen": 12} | more
 
 
-def save_fast_weights(folder, model, chunk=CHUNK, change=strengthen, **more):
+def save_fast_weights(folder, model, chunk=CHUNK, change=strengthen, files=(), **more):
     """A checkpoint as train_minimal.py leaves one, with strong random fast weights (or, with change=None, untrained ones)."""
     loaded, config = load_model(model), TTTConfig((1, 2), chunk, unit_keys=True, gate=True)
     ttt = InPlaceTTT(loaded.model, config)
-    save_adapter(folder, change(ttt) if change else ttt, manifest(loaded, config, **more))
+    save_adapter(folder, change(ttt) if change else ttt, manifest(loaded, config, **more), list(files))
     return str(folder)
 
 
@@ -99,7 +99,7 @@ def save_joint(folder, model):
     """A joint arm's checkpoint: fast weights, and a LoRA on the base."""
     folder.mkdir(parents=True)
     arms.save_lora(folder, get_peft_model(load_model(model).model, LoraConfig(task_type="CAUSAL_LM", **LORA)))
-    return save_fast_weights(folder, model, frozen=False, lora=LORA)
+    return save_fast_weights(folder, model, files=arms.LORA_FILES, frozen=False, lora=LORA)
 
 
 def save_lora(folder, model):
@@ -110,7 +110,7 @@ def save_lora(folder, model):
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     lora.save_pretrained(folder / "lora")
-    write_manifest(folder, manifest(loaded, None, objective="context", lora=LORA), ["lora/adapter_model.safetensors", "lora/adapter_config.json"])
+    write_manifest(folder, manifest(loaded, None, objective="context", lora=LORA), arms.LORA_FILES)
     return str(folder)
 
 
