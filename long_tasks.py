@@ -157,10 +157,11 @@ def read_items(path, tokenizer) -> list[Item]:
                 raise ValueError(f"metric {item.metric!r} or a number is not one")
             if not all(isinstance(part, str) for part in (item.task, item.document, item.question, *item.answers)):
                 raise ValueError("task, document, question or an answer is no text")
+            if item.task not in TASKS:
+                raise ValueError(f"task {item.task!r} is unknown")
             tokens = count_tokens(tokenizer, Parts(item.document, item.question, item.answers))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path} line {number}: no item ({error}); {mend}") from None
-        find_task(item.task)
         if (place := (item.task, item.length, item.seed, item.index)) in taken:
             raise UserError(f"{path} line {number}: {item.task} {item.length} {item.index} stands there twice; {mend}")
         if tokens != item.tokens:

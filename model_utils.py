@@ -349,7 +349,7 @@ def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
             raise ValueError(f"adapter_config.json is of {type(config).__name__}")
         with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
             check_sizes(file, {"r": config.r} | config.rank_pattern, loaded.row.name, loaded.parameters, f"{path}/adapter_model.safetensors")
-    except (SafetensorError, TypeError, ValueError) as error:
+    except (SafetensorError, FileNotFoundError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no LoRA ({str(error).splitlines()[0][:100]}); restore the folder") from error
     lora = PeftModel.from_pretrained(loaded.model, str(path), is_trainable=trainable)
     strange = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(load_file(str(path / "adapter_model.safetensors")))

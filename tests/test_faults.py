@@ -1,6 +1,7 @@
 """faults.py in its quick form, where no other test covers a row; and what its rows led to: hub faults, costs, files that go while they are written."""
 import json
 import os
+import shutil
 
 import huggingface_hub
 import pytest
@@ -17,7 +18,7 @@ import results_files
 import stages
 from fault_kit import Fault, Kit, in_fork
 from manifests import UserError, put_back
-from model_utils import weights_sha256
+from model_utils import load_lora, load_model, weights_sha256
 
 
 @pytest.fixture
@@ -150,6 +151,14 @@ def test_rows_removed_under_a_run_are_put_back(tmp_path):
         with pytest.raises(UserError, match="other: was replaced"):
             put_back(file, tmp_path / "other")
     assert (tmp_path / "other").read_text() == "somebody else's"
+
+
+def test_a_lora_that_went_while_a_run_was_on(kit, tmp_path):  # noqa: F811
+    folder = shutil.copytree(kit.tuned(), tmp_path / "tuned")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / "lora" / name).unlink()
+        with pytest.raises(UserError, match="no LoRA"):
+            load_lora(folder, load_model(kit("tiny-llama")[0]))
 
 
 def test_results_of_another_commit_are_kept_apart(kit, call, tmp_path, monkeypatch):  # noqa: F811
