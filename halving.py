@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -22,12 +22,11 @@ class Job(Protocol):
     def halves(self) -> list["Job"]: ...
 
 
-def in_halves(jobs: list, ask: Callable[[Job], list[dict]], bar) -> Iterator[tuple[Job, list[dict]]]:
+def in_halves(jobs: Iterable, ask: Callable[[Job], list[dict]], bar) -> Iterator[tuple[Job, list[dict]]]:
     """(job, its rows) of every job in order. One that the device has no memory for is asked in halves, and so are the larger ones of
     its kind that follow. bar: a tqdm, which names the kind. UserError where one question is too much."""
-    waiting, fits = list(reversed(jobs)), {}
-    while waiting:
-        job = waiting.pop()
+    jobs, waiting, fits = iter(jobs), [], {}
+    while (job := waiting.pop() if waiting else next(jobs, None)) is not None:
         if job.count <= fits.get(job.kind, job.count):
             bar.set_postfix_str(job.kind)
             try:

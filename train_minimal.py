@@ -28,10 +28,13 @@ import training_bank
 from arms import LORA, Arm, base_digest, updates_before
 from fast_weight import TARGETS
 from manifests import UserError, provenance, run_script
+from memory import tensors_digest
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
+from parallel import Group, process_group, shard_base
 from training_data import BankDataset, TextDataset, batches, load_texts
 from training_state import STATE, identity, keep_log, resume, save_state
+from update_parts import part_of
 
 UPDATES = {"recall": 1450, "lm": 520, "context": 845}  # what fitted into the sessions of the reported runs
 CONVERSATIONS = {"recall": 64, "lm": 32, "context": 32}
@@ -70,31 +73,34 @@ def check_course(losses: list[float], update: int) -> None:
         raise Diverged(f"the loss climbed from {min(means):.2f} to {means[-1]:.2f} by update {update}")
 
 
-def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, losses, log, save) -> None:
+def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, losses, log, save, group: Group) -> None:
     """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones, each of --snapshots and
     the last. first: the dataset's item of the first update."""
     device, step, started, parameters = loaded.device, make_step(arguments, arm), time.time(), list(arm.trained().values())
     bar = tqdm(batches(dataset, arguments.workers, start=first + len(losses)), total=arguments.updates, initial=len(losses),
-               desc=arguments.arm, unit="update")
+               desc=arguments.arm, unit="update", disable=not group.leads)
     for update, batch in enumerate(bar, len(losses)):
         begun = time.time()
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        torch.manual_seed(arguments.seed * arguments.updates + update)  # a resumed run drops what an uninterrupted one would
-        result = step(loaded, arm.ttt, batch, device)
+        for own in optimizer.param_groups:
+            own["lr"] = lr * own["share"]
+        # a resumed run drops what an uninterrupted one would, and each process something else
+        torch.manual_seed((arguments.seed * arguments.updates + update) * group.size + group.rank)
+        part = part_of(batch, group)
+        result = step(loaded, arm.ttt, part.own, device, part=part)
         result.loss.backward()
+        group.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
-        losses.append(result.loss.item())
+        whole = part.log(result)
+        losses.append(whole.pop("loss"))
         check_course(losses, update)
         if not math.isfinite(norm):
             raise Diverged(f"the gradient norm is {norm.item()} at update {update}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": result.right.item() / max(result.labels, 1), "grad_norm": norm.item(),
-                    "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
-                    "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
-        measured |= {name: t.tolist() for name, t in result.measures.items()}
+        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": whole.pop("right") / max(whole.pop("labels"), 1), "grad_norm": norm.item(),
+                    "update_norm": whole.pop("update_norm"), "tokens_per_s": whole.pop("tokens") / (time.time() - begun), "lr": lr,
+                    "seconds": time.time() - started} | whole
         log.write(json.dumps({k: rounded(v) for k, v in measured.items()}, allow_nan=False) + "\n")
         bar.set_postfix_str(progress(measured))
         if (update + 1) % arguments.save_every == 0 or update + 1 in (arguments.updates, *arguments.snapshots):
@@ -103,7 +109,7 @@ def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, l
 
 
 def make_step(arguments, arm: Arm):
-    """The objective's step, (loaded, ttt, batch, device) -> Step."""
+    """The objective's step, (loaded, ttt, batch, device, part=...) -> Step."""
     step = OBJECTIVES[arguments.objective]
     return partial(step, weights=aid_weights(arguments), lora=arm.lora) if arguments.objective == "recall" else step
 
@@ -174,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--out", default="checkpoints", help="folder of the checkpoint folders (default: %(default)s)")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base; the adapter is float32")
+    run.add_argument("--shard-base", action="store_true", help="with torchrun: spread the base's layers over the processes (FSDP2), for one that does not fit a GPU")
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
@@ -257,6 +264,11 @@ def make_dataset(arguments, config, loaded: Loaded, langs, first: int):
 
 
 def main() -> None:
+    with process_group() as group:
+        train_arm(group)
+
+
+def train_arm(group: Group) -> None:
     arguments = parse_arguments()
     row = arguments.row
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
@@ -268,13 +280,17 @@ def main() -> None:
     for aside in (folder.with_name(f"{arguments.arm}-at-{n}") for n in arguments.snapshots):
         if (aside / "manifest.json").exists() and not arguments.resume:
             raise UserError(f"{aside}: already holds a snapshot; name another --arm, or remove the folder")
+    group.take_gpu(arguments.device)
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row, training=True)
-    print(f"{arguments.arm}: {row.name} on {reason}")
+    group.say(f"{arguments.arm}: {row.name} on {reason}")
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
-    loaded = load_model(arguments.model, device, dtype)
+    loaded = load_model(arguments.model, "cpu" if arguments.shard_base else device, dtype)
     fuse_norms(loaded.model)
-    before = base_digest(loaded)
+    digest = base_digest(loaded)
+    if arguments.shard_base:
+        shard_base(loaded, device, group)
+    before = base_digest(loaded)  # of what this process holds
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()
     if arguments.dropout:
@@ -289,18 +305,22 @@ def main() -> None:
                 "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay,
                               "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
-                              "groups": arguments.groups, "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason}
+                              "groups": arguments.groups, "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason, "processes": group.size}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:
-        print(f"{folder}: already trained for {done} updates; nothing to do")
+        group.say(f"{folder}: already trained for {done} updates; nothing to do")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    losses = keep_log(folder / "train.jsonl", done)
+    losses = group.once(lambda: keep_log(folder / "train.jsonl", done))
 
     def save(update: int) -> None:
         if base_digest(loaded) != before:  # before a checkpoint of it can be mistaken for a good one
             raise RuntimeError("the base changed during training although it is frozen; nothing more was saved")
+        if not group.agree(tensors_digest(trained)):
+            raise RuntimeError("the processes no longer train the same adapter; nothing more was saved")
+        if not group.leads:
+            return
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
         mark = {"updates": update, "conversations_seen": dataset.seen(first, first + update)}
@@ -312,13 +332,13 @@ def main() -> None:
         if update == arguments.updates:
             (folder / STATE).unlink(missing_ok=True)
 
-    with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
-        run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save), folder)
-    print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
+    with (folder / "train.jsonl" if group.leads else Path(os.devnull)).open("a", encoding="utf-8") as log:
+        run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save, group), folder, group)
+    group.say(f"the base is unchanged (sha256 {digest[:12]}); next: python run_experiment.py --model {arguments.model} "
           f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign' if arguments.joint else ''}")
 
 
-def run_training(arguments, work, folder: Path) -> None:
+def run_training(arguments, work, folder: Path, group: Group) -> None:
     """Do the work; divergence and Ctrl-C end it with one clear message and the last checkpoint in place."""
     try:
         work()
@@ -327,7 +347,8 @@ def run_training(arguments, work, folder: Path) -> None:
         raise UserError(f"{arguments.arm}: {error}; {kept} in {folder}; try a lower --lr than {arguments.lr}") from error
     except KeyboardInterrupt:
         kept = "its last checkpoint is kept" if (folder / "manifest.json").exists() else "there was no checkpoint yet"
-        print(f"\ninterrupted: {kept} in {folder}; go on with --resume", file=sys.stderr)
+        if group.speaks():
+            print(f"\ninterrupted: {kept} in {folder}; go on with --resume", file=sys.stderr)
         sys.exit(130)
 
 
