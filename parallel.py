@@ -141,14 +141,20 @@ def process_group() -> Iterator[Group]:
     dist.destroy_process_group()
 
 
+def check_sharding(group: Group, joint: bool) -> None:
+    """UserError where a base cannot be spread over the group's processes."""
+    if group.size == 1:
+        raise UserError("--shard-base: there is one process to spread the base over; start several with torchrun --standalone --nproc-per-node N")
+    if joint:  # FSDP2 brings a layer's weights back when a gradient comes to its output; that of a write comes in between, at the MLP's input
+        raise UserError("--shard-base: the gradient of a joint arm's write enters a layer where its weights are not there; leave --joint or --shard-base out")
+
+
 def shard_base(loaded, device: torch.device, group: Group) -> None:
     """Spread a frozen base that was loaded on the CPU over the processes' devices: each holds a slice of every decoder layer, and the whole of one layer
     only while that runs (FSDP2). Embeddings, the last norm and the head stay whole on each. To be done before anything is attached.
 
-    From here on all processes make the same forward calls, in step. UserError where there is one process.
+    From here on all processes make the same forward calls, in step. What may not be spread: check_sharding.
     """
-    if group.size == 1:
-        raise UserError("--shard-base: there is one process to spread the base over; start several with torchrun --standalone --nproc-per-node N")
     decoder, mesh = loaded.model.get_decoder(), init_device_mesh(device.type, (group.size,))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)

@@ -31,7 +31,7 @@ from manifests import UserError, provenance, run_script
 from memory import tensors_digest
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
-from parallel import Group, process_group, shard_base
+from parallel import Group, check_sharding, process_group, shard_base
 from training_data import BankDataset, TextDataset, batches, load_texts
 from training_state import STATE, identity, keep_log, resume, save_state
 from update_parts import part_of
@@ -271,6 +271,8 @@ def main() -> None:
 def train_arm(group: Group) -> None:
     arguments = parse_arguments()
     row = arguments.row
+    if arguments.shard_base:
+        check_sharding(group, arguments.joint)
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
     if arguments.dropout and not (config and config.deep):
         raise UserError(f"--dropout {arguments.dropout:g}: this arm has no side streams to drop from; add --deep, or leave it out")

@@ -1,0 +1,213 @@
+"""Several processes of one run: the rows, losses and checkpoints of one process, whatever number begins, goes on or fails."""
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run_experiment import RESUMED, ROOT, call, command as asked, kit, of_any_batch, ordered, read_rows, run_command, straight  # noqa: F401
+from test_train import a_short_bank, command, log_rows  # noqa: F401
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import conditions
+import results_files
+import run_experiment
+import train_minimal
+from manifests import UserError, read_manifest, run_script
+from parallel import Group, Summed
+from training_data import Batch, Example
+from update_parts import Part, part_of
+
+TOLERANCE = {"rel": 1e-5, "abs": 2e-6}  # of a loss in float32, and of the log's six places
+
+
+@pytest.fixture
+def together(tmp_path):
+    """together(processes, main, argv, before=None) -> what each wrote to stderr, or ChildFailedError with it: torchrun's own agent, its processes
+    forked from this one, so that nothing is imported again. before(rank): called in each process first."""
+    runs = []
+
+    def start(processes, main, argv, before=None):
+        def work():
+            sys.argv, sys.stderr = list(map(str, argv)), (logs / os.environ["RANK"]).open("w", encoding="utf-8", buffering=1)
+            conditions.MAX_NEW_TOKENS = 8
+            if before:
+                before(int(os.environ["RANK"]))
+            run_script(main)
+
+        logs = tmp_path / f"logs-{len(runs)}"
+        logs.mkdir()
+        runs.append(logs)
+        config = LaunchConfig(1, 1, processes, run_id=logs.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+                              start_method="fork")
+        heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+        try:
+            elastic_launch(config, work)()
+        finally:
+            for number, handler in heard.items():
+                signal.signal(number, handler)
+            start.said = [path.read_text(encoding="utf-8") for path in sorted(logs.iterdir())]
+        return start.said
+
+    return start
+
+
+# ---- training ----
+
+SHARED = {"recall": ("--conversations", 6, "--groups", "1,3", "--probes", 2), "joint": ("--joint", "--conversations", 4, "--groups", "2"),
+          "lm": ("--conversations", 4, "--layers", "1,2"), "context": ("--conversations", 4)}
+
+
+def training(out, name, *more, updates=2):
+    return [*command(out, updates=updates, objective="recall" if name == "joint" else name), *map(str, SHARED[name]), "--updates", str(updates), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory, a_short_bank):  # noqa: F811
+    """curve(name, updates) -> the log of one process."""
+    known = {}
+
+    def make(name, updates=2):
+        if (name, updates) not in known:
+            out = tmp_path_factory.mktemp(name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", training(out, name, updates=updates))
+                train_minimal.main()
+            known[name, updates] = log_rows(out / "a")
+        return known[name, updates]
+
+    return make
+
+
+def same_log(mine, other):
+    assert len(mine) == len(other)
+    for one, two in zip(mine, other):
+        assert list(one) == list(two)
+        for field in set(one) - {"tokens_per_s", "seconds"}:
+            assert one[field] == (None if two[field] is None else pytest.approx(two[field], **TOLERANCE)), field
+
+
+@pytest.mark.parametrize("name, processes, more", [("recall", 2, ()), ("recall", 3, ()), ("recall", 2, ("--shard-base",)), ("joint", 2, ()),
+                                                   ("lm", 2, ("--shard-base",)), ("context", 2, ("--shard-base",))])
+def test_processes_that_share_an_update_have_the_losses_of_one(name, processes, more, curve, together, tmp_path):
+    """Three processes have two memories of six conversations at times, so one has none; blocks of rivals lie on two processes."""
+    together(processes, train_minimal.main, training(tmp_path, name, *more))
+    same_log(log_rows(tmp_path / "a"), curve(name))
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest["processes"] == processes and manifest["updates"] == 2
+    assert manifest["command"].startswith(f"torchrun --standalone --nproc-per-node {processes} train_minimal.py")
+
+
+def test_a_base_is_not_spread_over_one_process_nor_under_a_joint_arm(together, run_main, tmp_path):
+    code, _, err = run_main(train_minimal.main, training(tmp_path, "recall", "--shard-base"))
+    assert code == 2 and len(err.splitlines()) == 1 and "torchrun --standalone --nproc-per-node N" in err
+    with pytest.raises(ChildFailedError):
+        together(2, train_minimal.main, training(tmp_path, "joint", "--shard-base"))
+    said = "".join(together.said)
+    assert "leave --joint or --shard-base out" in said and len(said.splitlines()) == 1 and not (tmp_path / "a").exists()  # one of two says it
+
+
+def test_training_goes_on_with_another_number_of_processes_after_one_has_failed(curve, together, run_main, tmp_path):
+    """The second process fails at the fourth update; what it says is all that is said, and the checkpoint of the second one is gone on from."""
+    def fails(rank):
+        def step(loaded, ttt, batch, device, **how):
+            calls.append(1)
+            if rank == 1 and len(calls) == 4:
+                raise UserError("the second process cannot go on")
+            return whole(loaded, ttt, batch, device, **how)
+        calls, whole = [], train_minimal.OBJECTIVES["recall"]
+        train_minimal.OBJECTIVES["recall"] = step
+
+    with pytest.raises(ChildFailedError):
+        together(2, train_minimal.main, training(tmp_path, "recall", "--save-every", 2, updates=5), fails)
+    said = [line for err in together.said for line in err.split("\n") if line and "update/s" not in line and "s/update" not in line]
+    assert said == ["train_minimal.py: the second process cannot go on"]
+    assert read_manifest(tmp_path / "a")["updates"] == 2 and len(log_rows(tmp_path / "a")) >= 2
+    code, *_ = run_main(train_minimal.main, training(tmp_path, "recall", "--save-every", 2, "--resume", updates=5))
+    assert code == 0 and read_manifest(tmp_path / "a")["processes"] == 1
+    same_log(log_rows(tmp_path / "a"), curve("recall", 5))
+
+
+# ---- an update's parts ----
+
+def test_an_update_is_parted_by_memories_and_every_row_goes_to_one_process():
+    """Groups stay whole, what is read with a memory goes with it, and who has nothing of a kind has a row that is asked nothing."""
+    example = lambda n: Example([n] * (3 + n), [50], [([n], [n])])
+    batch = Batch([example(n) for n in range(10)], 2, calm=[Example([], [], [([90], [91])])], foreign=[example(n) for n in (20, 21, 22)])
+    parts = [part_of(batch, Group(rank, 3)) for rank in range(3)]
+    assert [[e.written[0] for e in part.own.examples] for part in parts] == [[0, 1], [2, 3, 4, 5], [6, 7, 8, 9]]
+    assert [part.first for part in parts] == [0, 2, 6] and {part.width for part in parts} == {12} and {part.rows for part in parts} == {10}
+    assert [[e.pairs for e in part.own.foreign] for part in parts] == [[batch.foreign[0].pairs], [e.pairs for e in batch.foreign[1:]], [[]]]
+    assert [[(e.prefix, e.pairs) for e in part.own.calm] for part in parts] == [[([], [([90], [91])])], [([90], [])], [([90], [])]]
+    idle = [part_of([[1], [2]], Group(rank, 3)) for rank in range(3)]
+    assert [(part.own, part.counts) for part in idle] == [([[1]], False), ([[1]], True), ([[2]], True)]
+
+
+# ---- questions ----
+
+EVERY = ("--conditions", "A_context,A_tuned,B_memory,C_nothing,N_noise,D_distractor", "--lang", "en,zh", "--batch-size", "4")
+
+
+@pytest.fixture(scope="module")
+def whole(kit):  # noqa: F811
+    """argv(out) of a run, and its predictions.jsonl as one process writes it."""
+    argv = lambda out, *more: asked(out, "--model", kit("tiny-llama")[0], "--adapter", kit("tiny-llama")[1], "--tuned-adapter", kit.tuned(),
+                                    "--benchmark", kit.benchmark, *EVERY, *more)
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(argv(kit.root / "one"), patch) == 0
+    return argv, (kit.root / "one/predictions.jsonl").read_bytes()
+
+
+def run_of(out):
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+
+
+def slow(rank):
+    """The leader is the slower one, so that blocks come out of order."""
+    answer = run_experiment.answer
+    run_experiment.answer = lambda *job: time.sleep(0.02 * (rank == 0)) or answer(*job)
+
+
+@pytest.mark.parametrize("processes", (2, 3))
+def test_processes_write_the_file_of_one(processes, whole, together, tmp_path):
+    argv, rows = whole
+    together(processes, run_experiment.main, argv(tmp_path / "out"), slow)
+    run = run_of(tmp_path / "out")
+    assert (tmp_path / "out/predictions.jsonl").read_bytes() == rows
+    assert run["complete"] and run["rows"] == rows.count(b"\n") and run["processes"] == processes
+    assert not (tmp_path / "out" / results_files.SUMS).exists() and not list((tmp_path / "out").glob("*.part"))
+
+
+@pytest.mark.parametrize("processes", (1, 3))
+def test_a_run_whose_process_was_killed_goes_on_with_another_number(processes, whole, together, run_main, tmp_path):
+    def dies(rank):
+        def add(self, rows):
+            known.append(rows)
+            if rank == 1 and len(known) == 4:
+                self.add = None
+                os.kill(os.getpid(), signal.SIGKILL)
+            whole_add(self, rows)
+        known, whole_add, results_files.Rows.add = [], results_files.Rows.add, add
+        slow(rank)
+
+    argv, rows = whole
+    with pytest.raises(ChildFailedError):
+        together(2, run_experiment.main, argv(tmp_path / "out"), dies)
+    kept = (tmp_path / "out/predictions.jsonl").read_bytes()
+    assert run_of(tmp_path / "out")["complete"] is False and 0 < kept.count(b"\n") < rows.count(b"\n")
+    said = "".join(together.said)
+    assert said.count("interrupted: the answers so far are in") == 1 and "Traceback" not in said
+    assert f"torchrun --standalone --nproc-per-node 2 run_experiment.py {' '.join(argv(tmp_path / 'out')[1:])} --resume" in said
+    if processes == 1:
+        conditions.MAX_NEW_TOKENS, before = 8, conditions.MAX_NEW_TOKENS
+        assert run_main(run_experiment.main, argv(tmp_path / "out", "--resume"))[0] == 0
+        conditions.MAX_NEW_TOKENS = before
+    else:
+        together(processes, run_experiment.main, argv(tmp_path / "out", "--resume"))
+    assert (tmp_path / "out/predictions.jsonl").read_bytes() == rows and run_of(tmp_path / "out")["processes"] == processes
