@@ -9,8 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_run_experiment import RESUMED, ROOT, call, command as asked, kit, of_any_batch, ordered, read_rows, run_command, straight  # noqa: F401
+from test_run_experiment import ROOT, command as asked, kit, of_any_batch, ordered, read_rows, run_command  # noqa: F401
 from test_train import a_short_bank, command, log_rows  # noqa: F401
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -20,9 +19,9 @@ import results_files
 import run_experiment
 import train_minimal
 from manifests import UserError, read_manifest, run_script
-from parallel import Group, Summed
+from parallel import Group
 from training_data import Batch, Example
-from update_parts import Part, part_of
+from update_parts import part_of
 
 TOLERANCE = {"rel": 1e-5, "abs": 2e-6}  # of a loss in float32, and of the log's six places
 
@@ -185,7 +184,7 @@ def test_processes_write_the_file_of_one(processes, whole, together, tmp_path):
 
 
 @pytest.mark.parametrize("processes", (1, 3))
-def test_a_run_whose_process_was_killed_goes_on_with_another_number(processes, whole, together, run_main, tmp_path):
+def test_a_run_whose_process_was_killed_goes_on_with_another_number(processes, whole, together, run_main, tmp_path, monkeypatch):
     def dies(rank):
         def add(self, rows):
             known.append(rows)
@@ -205,9 +204,86 @@ def test_a_run_whose_process_was_killed_goes_on_with_another_number(processes, w
     assert said.count("interrupted: the answers so far are in") == 1 and "Traceback" not in said
     assert f"torchrun --standalone --nproc-per-node 2 run_experiment.py {' '.join(argv(tmp_path / 'out')[1:])} --resume" in said
     if processes == 1:
-        conditions.MAX_NEW_TOKENS, before = 8, conditions.MAX_NEW_TOKENS
+        monkeypatch.setattr(conditions, "MAX_NEW_TOKENS", 8)
         assert run_main(run_experiment.main, argv(tmp_path / "out", "--resume"))[0] == 0
-        conditions.MAX_NEW_TOKENS = before
     else:
         together(processes, run_experiment.main, argv(tmp_path / "out", "--resume"))
     assert (tmp_path / "out/predictions.jsonl").read_bytes() == rows and run_of(tmp_path / "out")["processes"] == processes
+
+
+def test_a_process_without_memory_halves_its_batches_alone(whole, together, tmp_path):
+    def small(rank):
+        def answer(loaded, ttt, job, texts):
+            if rank == 1 and job.count > 2:
+                raise torch.OutOfMemoryError("no room")
+            return ask(loaded, ttt, job, texts)
+        ask, run_experiment.answer = run_experiment.answer, answer
+
+    argv, rows = whole
+    together(2, run_experiment.main, argv(tmp_path / "out"), small)
+    assert "out of memory at" in together.said[1] and "out of memory" not in together.said[0]
+    mine = read_rows(tmp_path / "out")
+    assert ordered(mine) == of_any_batch([json.loads(line) for line in rows.decode("utf-8").splitlines()])
+    assert [row["probe_id"] for row in mine] == [json.loads(line)["probe_id"] for line in rows.decode("utf-8").splitlines()]
+
+
+def test_torchrun_itself_and_a_signal_to_it(whole, tmp_path, run_main):
+    """The command as it is typed; ended by SIGTERM it says how to go on, and one process does."""
+    argv, rows = whole
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv(out)], cwd=ROOT,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.time() + 90
+    while not ((out / "predictions.jsonl").exists() and (out / "predictions.jsonl").stat().st_size) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and err.count("interrupted: the answers so far are in") == 1, err
+    assert f"torchrun --standalone --nproc-per-node 2 {' '.join(argv(out))} --resume" in err
+    kept = (out / "predictions.jsonl").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditions, "MAX_NEW_TOKENS", 24)  # as the command has it
+        assert run_main(run_experiment.main, argv(out, "--resume"))[0] == 0
+    assert run_of(out)["complete"] and len(read_rows(out)) == rows.count(b"\n") > kept.count(b"\n") > 0
+
+
+# ---- the folder ----
+
+def test_a_folder_is_held_until_the_last_process_of_its_run_has_ended(tmp_path):
+    """The leader is gone, another process of its group still writes."""
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    with pytest.raises(UserError, match="another run is writing into it now"):
+        with results_files.only_run(tmp_path, Group()):
+            raise AssertionError
+    os.close(held)
+    with results_files.only_run(tmp_path, Group()):
+        pass
+
+
+def test_rows_of_two_processes_stand_in_one_file_with_one_chain_of_sums(tmp_path):
+    first, second = results_files.Rows(tmp_path), results_files.Rows(tmp_path, begin=False)
+    with first, second:
+        for n, rows in enumerate((first, second, second, first, second)):
+            rows.add([{"n": n}, {"n": n}])
+    assert results_files.check_sums(tmp_path, {}) == (tmp_path / "predictions.jsonl").stat().st_size
+    rows, sha = second.put_in_order(lambda row: -row["n"])
+    assert [row["n"] for row in read_rows(tmp_path)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0] and rows == 10
+    assert results_files.check_sums(tmp_path, {}) == (tmp_path / "predictions.jsonl").stat().st_size  # killed here, the run goes on
+    assert results_files.check_sums(tmp_path, {"complete": True, "rows_sha256": sha})
+    changed = (tmp_path / "predictions.jsonl").read_bytes().replace(b"3", b"5", 1)
+    (tmp_path / "predictions.jsonl").write_bytes(changed)
+    with pytest.raises(results_files.ResultsError, match="changed in the rows"):
+        results_files.check_sums(tmp_path, {})
+
+
+def test_a_process_that_ended_in_the_middle_of_its_block_ends_the_others(tmp_path):
+    """Its sum is there and its rows are not: what came next would stand under a wrong sum."""
+    first, second = results_files.Rows(tmp_path), results_files.Rows(tmp_path, begin=False)
+    with first, second:
+        first.add([{"n": 1}])
+        first.sums.write(b"999 " + b"0" * 64 + b"\n")
+        first.sums.flush()
+        with pytest.raises(UserError, match="ended while it wrote its rows; go on with --resume"):
+            second.add([{"n": 2}])
+    assert read_rows(tmp_path) == [{"n": 1}]
