@@ -39,8 +39,13 @@ class Group:
             print(text)
 
     def speaks(self) -> bool:
-        """Whether this process is the one that says why the run ends: the first that asks."""
-        return self.size == 1 or self.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
+        """Whether this process is the one that says why the run ends: the first that asks. Where torchrun itself is gone each does."""
+        if self.size == 1:
+            return True
+        try:
+            return self.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
+        except dist.DistError:
+            return True
 
     def once(self, make: Callable):
         """What make() gives on the leader, on every process; what it refuses (UserError, OSError) is raised on every process."""
@@ -88,7 +93,7 @@ class Group:
         if self.size == 1:
             yield from range(count)
             return
-        while (number := self.store.add(name, 1) - 1) < count:
+        while (number := self._together(lambda: self.store.add(name, 1)) - 1) < count:
             yield number
 
     def take_gpu(self, device: str) -> None:
@@ -99,13 +104,13 @@ class Group:
             raise UserError(f"--nproc-per-node {self.size}: torch sees {torch.cuda.device_count()} GPUs here; start as many processes, or use --device cpu")
         torch.cuda.set_device(self.rank)
 
-    def _together(self, call: Callable) -> None:
+    def _together(self, call: Callable):
         try:
-            call()
+            return call()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UserError("another process of this run has ended before its time; what is in its folder is kept, go on with --resume") from error
+            raise UserError("another process of this run, or torchrun, has ended before its time; what is in the run's folder is kept, go on with --resume") from error
 
 
 class Summed(torch.autograd.Function):
@@ -134,7 +139,7 @@ def process_group() -> Iterator[Group]:
             raise UserError("several machines in one run: not supported, since its folder is locked and written on one; use --nnodes 1")
         dist.init_process_group(store=dist.PrefixStore("collectives", store), rank=rank, world_size=size, timeout=PATIENCE)
         yield group
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if not group.speaks():  # the same error on every process, or what follows from another one's
             sys.exit(1)
         raise

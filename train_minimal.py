@@ -289,10 +289,10 @@ def train_arm(group: Group) -> None:
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
     loaded = load_model(arguments.model, "cpu" if arguments.shard_base else device, dtype)
     fuse_norms(loaded.model)
-    digest = base_digest(loaded)
+    digest = before = base_digest(loaded)
     if arguments.shard_base:
         shard_base(loaded, device, group)
-    before = base_digest(loaded)  # of what this process holds
+        before = base_digest(loaded)  # of the slices that this process holds
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()
     if arguments.dropout:

@@ -64,11 +64,12 @@ class Part:
         memory = step.memory and step.memory.detach()
         norms = memory.update_norm() if memory else step.loss.new_zeros(0)
         counted = {"right": step.right, "labels": step.labels, "tokens": step.tokens, "update_norm": norms.sum(), "memories": len(norms)}
-        sums = {"loss": step.loss.detach()} | step.measures | {name: self.counted(torch.as_tensor(n, device=step.loss.device)) for name, n in counted.items()}
+        sums = counted | {"loss": step.loss.detach()} | step.measures
         if self.group.size > 1:  # in one call
+            sums |= {name: self.counted(torch.as_tensor(n, device=step.loss.device)) for name, n in counted.items()}
             flat = self.group.sum(torch.cat([t.flatten().double() for t in sums.values()]))
             sums = {name: part.view_as(t) for (name, t), part in zip(sums.items(), flat.split([t.numel() for t in sums.values()]))}
-        sums = {name: t.tolist() for name, t in sums.items()}
+        sums = {name: t.tolist() if isinstance(t, torch.Tensor) else t for name, t in sums.items()}
         memories = sums.pop("memories")
         return sums | {"update_norm": sums["update_norm"] / memories if memories else None}
 
