@@ -58,8 +58,9 @@ def time_questions(bench: Bench, group: Group) -> dict:
 
 
 def time_training(bench: Bench, group: Group, conversations: int, updates: int) -> dict:
-    dataset = BankDataset(bench.loaded.tokenizer, ("en",), ALONE + updates, conversations, PROBES, 0, False, GROUPS, calm=True, foreign=True)
-    batches = [dataset[update] for update in range(ALONE, ALONE + updates)]  # from where memories are of several sizes on
+    drawn = ALONE + updates
+    dataset = BankDataset(bench.loaded.tokenizer, ("en",), drawn, conversations, PROBES, 0, False, GROUPS, calm=True, foreign=True)
+    batches = [dataset[update] for update in range(ALONE, drawn)]  # from where memories are of several sizes on
     with bench.attached() as ttt:
         parameters = list(ttt.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=1e-6)
@@ -128,7 +129,8 @@ def main() -> None:
             measure(arguments, group)
         return
     one, several = timed(1), timed(arguments.processes)
-    print(f"{arguments.model}, {arguments.weights} weights, {one['device']}\n{'part':10s}{'work':44s}{'1 process':>12s}{f'{arguments.processes} processes':>14s}{'times as fast':>15s}")
+    print(f"{arguments.model}, {arguments.weights} weights, {one['device']}")
+    print(f"{'part':10s}{'work':44s}{'1 process':>12s}{f'{arguments.processes} processes':>14s}{'times as fast':>15s}")
     lines = [line | {"processes": arguments.processes, "seconds_of_all": other["seconds"], "times_as_fast": line["seconds"] / other["seconds"]}
              for line, other in zip(one["lines"], several["lines"])]
     for line in lines:

@@ -110,7 +110,8 @@ class Group:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UserError("another process of this run, or torchrun, has ended before its time; what is in the run's folder is kept, go on with --resume") from error
+            raise UserError("another process of this run, or torchrun, has ended before its time; "
+                            "what is in the run's folder is kept, go on with --resume") from error
 
 
 class Summed(torch.autograd.Function):
@@ -128,15 +129,17 @@ class Summed(torch.autograd.Function):
 
 @contextmanager
 def process_group() -> Iterator[Group]:
-    """The Group that this process belongs to; a script's main runs inside. One process's error is told once, by whoever meets it first: torchrun ends the others."""
+    """The Group that this process belongs to; a script's main runs inside. An error is told once, by the process that meets it first: torchrun
+    then ends the others."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Group()
         return
     store, rank, size = next(rendezvous("env://"))
     group = Group(rank, size, store)
     try:
-        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-            raise UserError("several machines in one run: not supported, since its folder is locked and written on one; use --nnodes 1")
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            raise UserError("several machines in one run are not supported, since its folder is locked and written on one; "
+                            "use torchrun --standalone --nproc-per-node N")
         dist.init_process_group(store=dist.PrefixStore("collectives", store), rank=rank, world_size=size, timeout=PATIENCE)
         yield group
     except (Exception, KeyboardInterrupt):

@@ -189,7 +189,8 @@ def _replace(path, data):
 
 
 def ask_into(out, report, done, resumed, started, ask, group, place=lambda row: 0):
-    """Keep in a folder the rows that ask(rows_file) adds, each process of a parallel.Group its own; returns how many there then are, the `done` before among them.
+    """Keep in a folder the rows that ask(rows_file) adds, each process of a parallel.Group its own; returns how many there then are, with the
+    `done` before.
 
     run.json (`report`) is written before and after; started: seconds since the epoch. place(row): by what the rows are sorted at the end (as they
     came). Ctrl-C, and what is taken for it, ends the process with the command that goes on; resumed: that command has its --resume already.

@@ -1,16 +1,17 @@
 """Several processes of one run: the rows, losses and checkpoints of one process, whatever number begins, goes on or fails."""
 import fcntl
+import functools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from test_run_experiment import ROOT, command as asked, kit, of_any_batch, ordered, read_rows, run_command  # noqa: F401
-from test_train import a_short_bank, command, log_rows  # noqa: F401
+from test_run_experiment import command as asked, kit, of_any_batch, ordered, read_rows, run_command  # noqa: F401
+from test_train import command, log_rows
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -18,6 +19,7 @@ import conditions
 import results_files
 import run_experiment
 import train_minimal
+import training_bank
 from manifests import UserError, read_manifest, run_script
 from parallel import Group
 from training_data import Batch, Example
@@ -63,23 +65,30 @@ SHARED = {"recall": ("--conversations", 6, "--groups", "1,3", "--probes", 2), "j
           "lm": ("--conversations", 4, "--layers", "1,2"), "context": ("--conversations", 4)}
 
 
-def training(out, name, *more, updates=2):
-    return [*command(out, updates=updates, objective="recall" if name == "joint" else name), *map(str, SHARED[name]), "--updates", str(updates), *map(str, more)]
+def training(out, name, *more):
+    return [*command(out, updates=2, objective="recall" if name == "joint" else name), *map(str, (*SHARED[name], *more))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_shorter_bank():
+    """As test_train.py's, and shorter still: an update costs the square of its bytes."""
+    passages = training_bank.load_passages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_bank, "FACT_COUNTS", (2, 2))
+        patch.setattr(training_bank, "load_passages", lambda lang: [passage[:60] for passage in passages(lang)])
+        yield
 
 
 @pytest.fixture(scope="module")
-def curve(tmp_path_factory, a_short_bank):  # noqa: F811
-    """curve(name, updates) -> the log of one process."""
-    known = {}
-
-    def make(name, updates=2):
-        if (name, updates) not in known:
-            out = tmp_path_factory.mktemp(name)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", training(out, name, updates=updates))
-                train_minimal.main()
-            known[name, updates] = log_rows(out / "a")
-        return known[name, updates]
+def curve(tmp_path_factory, a_shorter_bank):
+    """curve(name) -> the log of one process."""
+    @functools.cache
+    def make(name):
+        out = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", training(out, name))
+            train_minimal.main()
+        return log_rows(out / "a")
 
     return make
 
@@ -92,8 +101,8 @@ def same_log(mine, other):
             assert one[field] == (None if two[field] is None else pytest.approx(two[field], **TOLERANCE)), field
 
 
-@pytest.mark.parametrize("name, processes, more", [("recall", 2, ()), ("recall", 3, ()), ("recall", 2, ("--shard-base",)), ("joint", 2, ()),
-                                                   ("lm", 2, ("--shard-base",)), ("context", 2, ("--shard-base",))])
+@pytest.mark.parametrize("name, processes, more", [("recall", 3, ()), ("recall", 2, ("--shard-base",)), ("joint", 2, ()), ("lm", 2, ("--shard-base",)),
+                                                   ("context", 2, ("--shard-base",))])
 def test_processes_that_share_an_update_have_the_losses_of_one(name, processes, more, curve, together, tmp_path):
     """Three processes have two memories of six conversations at times, so one has none; blocks of rivals lie on two processes."""
     together(processes, train_minimal.main, training(tmp_path, name, *more))
@@ -113,24 +122,24 @@ def test_a_base_is_not_spread_over_one_process_nor_under_a_joint_arm(together, r
 
 
 def test_training_goes_on_with_another_number_of_processes_after_one_has_failed(curve, together, run_main, tmp_path):
-    """The second process fails at the fourth update; what it says is all that is said, and the checkpoint of the second one is gone on from."""
+    """The second process fails at the second update; what it says is all that is said, and the checkpoint of the first one is gone on from."""
     def fails(rank):
         def step(loaded, ttt, batch, device, **how):
             calls.append(1)
-            if rank == 1 and len(calls) == 4:
+            if rank == 1 and len(calls) == 2:
                 raise UserError("the second process cannot go on")
             return whole(loaded, ttt, batch, device, **how)
         calls, whole = [], train_minimal.OBJECTIVES["recall"]
         train_minimal.OBJECTIVES["recall"] = step
 
     with pytest.raises(ChildFailedError):
-        together(2, train_minimal.main, training(tmp_path, "recall", "--save-every", 2, updates=5), fails)
+        together(2, train_minimal.main, training(tmp_path, "recall", "--save-every", 1), fails)
     said = [line for err in together.said for line in err.split("\n") if line and "update/s" not in line and "s/update" not in line]
     assert said == ["train_minimal.py: the second process cannot go on"]
-    assert read_manifest(tmp_path / "a")["updates"] == 2 and len(log_rows(tmp_path / "a")) >= 2
-    code, *_ = run_main(train_minimal.main, training(tmp_path, "recall", "--save-every", 2, "--resume", updates=5))
+    assert read_manifest(tmp_path / "a")["updates"] == len(log_rows(tmp_path / "a")) == 1
+    code, *_ = run_main(train_minimal.main, training(tmp_path, "recall", "--save-every", 1, "--resume"))
     assert code == 0 and read_manifest(tmp_path / "a")["processes"] == 1
-    same_log(log_rows(tmp_path / "a"), curve("recall", 5))
+    same_log(log_rows(tmp_path / "a"), curve("recall"))
 
 
 # ---- an update's parts ----
@@ -150,7 +159,7 @@ def test_an_update_is_parted_by_memories_and_every_row_goes_to_one_process():
 
 # ---- questions ----
 
-EVERY = ("--conditions", "A_context,A_tuned,B_memory,C_nothing,N_noise,D_distractor", "--lang", "en,zh", "--batch-size", "4")
+EVERY = ("--conditions", "A_context,A_tuned,B_memory,N_noise", "--lang", "en,zh", "--batch-size", "4", "--limit", "5")
 
 
 @pytest.fixture(scope="module")
@@ -173,18 +182,16 @@ def slow(rank):
     run_experiment.answer = lambda *job: time.sleep(0.02 * (rank == 0)) or answer(*job)
 
 
-@pytest.mark.parametrize("processes", (2, 3))
-def test_processes_write_the_file_of_one(processes, whole, together, tmp_path):
+def test_processes_write_the_file_of_one(whole, together, tmp_path):
     argv, rows = whole
-    together(processes, run_experiment.main, argv(tmp_path / "out"), slow)
+    together(2, run_experiment.main, argv(tmp_path / "out"), slow)
     run = run_of(tmp_path / "out")
     assert (tmp_path / "out/predictions.jsonl").read_bytes() == rows
-    assert run["complete"] and run["rows"] == rows.count(b"\n") and run["processes"] == processes
+    assert run["complete"] and run["rows"] == rows.count(b"\n") and run["processes"] == 2
     assert not (tmp_path / "out" / results_files.SUMS).exists() and not list((tmp_path / "out").glob("*.part"))
 
 
-@pytest.mark.parametrize("processes", (1, 3))
-def test_a_run_whose_process_was_killed_goes_on_with_another_number(processes, whole, together, run_main, tmp_path, monkeypatch):
+def test_a_run_whose_process_was_killed_goes_on_with_another_number(whole, together, tmp_path):
     def dies(rank):
         def add(self, rows):
             known.append(rows)
@@ -203,12 +210,8 @@ def test_a_run_whose_process_was_killed_goes_on_with_another_number(processes, w
     said = "".join(together.said)
     assert said.count("interrupted: the answers so far are in") == 1 and "Traceback" not in said
     assert f"torchrun --standalone --nproc-per-node 2 run_experiment.py {' '.join(argv(tmp_path / 'out')[1:])} --resume" in said
-    if processes == 1:
-        monkeypatch.setattr(conditions, "MAX_NEW_TOKENS", 8)
-        assert run_main(run_experiment.main, argv(tmp_path / "out", "--resume"))[0] == 0
-    else:
-        together(processes, run_experiment.main, argv(tmp_path / "out", "--resume"))
-    assert (tmp_path / "out/predictions.jsonl").read_bytes() == rows and run_of(tmp_path / "out")["processes"] == processes
+    together(3, run_experiment.main, argv(tmp_path / "out", "--resume"))
+    assert (tmp_path / "out/predictions.jsonl").read_bytes() == rows and run_of(tmp_path / "out")["processes"] == 3
 
 
 def test_a_process_without_memory_halves_its_batches_alone(whole, together, tmp_path):
@@ -227,24 +230,23 @@ def test_a_process_without_memory_halves_its_batches_alone(whole, together, tmp_
     assert [row["probe_id"] for row in mine] == [json.loads(line)["probe_id"] for line in rows.decode("utf-8").splitlines()]
 
 
-def test_torchrun_itself_and_a_signal_to_it(whole, tmp_path, run_main):
-    """The command as it is typed; ended by SIGTERM it says how to go on, and one process does."""
+def test_a_signal_to_torchrun_is_told_once_and_one_process_goes_on(whole, together, tmp_path, run_main, monkeypatch):
     argv, rows = whole
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv(out)], cwd=ROOT,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    agent = multiprocessing.get_context("fork").Process(target=together, args=(2, run_experiment.main, argv(out), slow))
+    agent.start()
     deadline = time.time() + 90
-    while not ((out / "predictions.jsonl").exists() and (out / "predictions.jsonl").stat().st_size) and process.poll() is None and time.time() < deadline:
+    while not ((out / "predictions.jsonl").exists() and (out / "predictions.jsonl").stat().st_size) and agent.is_alive() and time.time() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode and err.count("interrupted: the answers so far are in") == 1, err
-    assert f"torchrun --standalone --nproc-per-node 2 {' '.join(argv(out))} --resume" in err
-    kept = (out / "predictions.jsonl").read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conditions, "MAX_NEW_TOKENS", 24)  # as the command has it
-        assert run_main(run_experiment.main, argv(out, "--resume"))[0] == 0
-    assert run_of(out)["complete"] and len(read_rows(out)) == rows.count(b"\n") > kept.count(b"\n") > 0
+    agent.terminate()
+    agent.join(60)
+    said = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "logs-0").iterdir())
+    assert agent.exitcode and said.count("interrupted: the answers so far are in") == 1 and "Traceback" not in said
+    assert f"torchrun --standalone --nproc-per-node 2 run_experiment.py {' '.join(argv(out)[1:])} --resume" in said
+    assert 0 < (out / "predictions.jsonl").read_bytes().count(b"\n") < rows.count(b"\n")
+    monkeypatch.setattr(conditions, "MAX_NEW_TOKENS", 8)
+    assert run_main(run_experiment.main, argv(out, "--resume"))[0] == 0
+    assert (out / "predictions.jsonl").read_bytes() == rows and run_of(out)["processes"] == 1
 
 
 # ---- the folder ----
