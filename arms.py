@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 import prompts
 import training_bank
@@ -102,7 +103,7 @@ def save_lora(folder: Path, lora: PeftModel) -> None:
 
 
 def base_digest(loaded: Loaded) -> str:
-    """SHA-256 over the base's parameters, whatever is attached to it."""
-    names = {name.replace(".base_layer", "").replace(".mlp.base.", ".mlp."): p for name, p in loaded.model.named_parameters()
+    """SHA-256 over the base's parameters, whatever is attached to it; where they are spread over processes, over this one's slices."""
+    names = {name.replace(".base_layer", "").replace(".mlp.base.", ".mlp."): p.to_local() if isinstance(p, DTensor) else p for name, p in loaded.model.named_parameters()
              if "lora_" not in name}
     return tensors_digest(names)

@@ -132,20 +132,23 @@ class Job:
 
 
 def plan(conditions, samples, done, texts: Texts, batch_size: int) -> list[Job]:
-    """Group what is not done yet into batches of about batch_size probes, samples of like length together."""
+    """Batches of about batch_size probes, samples of like length together, those with the LoRA last, less what is done already: what is asked together
+    does not hang on where a run was cut off."""
     jobs = []
     for condition in conditions:
         for level, lang in sorted({(s["level"], s["lang"]) for s in samples if s["level"] in condition.levels}):
-            group = [(s, [p for p in s["probes"] if (condition.name, s["sample_id"], p["probe_id"]) not in done])
-                     for s in samples if (s["level"], s["lang"]) == (level, lang)]
-            group = sorted((pair for pair in group if pair[1]), key=lambda pair: (text_length(condition, pair[0], texts), pair[0]["sample_id"]))
+            group = sorted((s for s in samples if (s["level"], s["lang"]) == (level, lang)),
+                           key=lambda s: (text_length(condition, s, texts), s["sample_id"]))
             while group:
-                width = max(len(probes) for _, probes in group)
-                longest = max(text_length(condition, group[-1][0], texts), 1)
+                width = max(len(s["probes"]) for s in group)
+                longest = max(text_length(condition, group[-1], texts), 1)
                 size = max(1, min(batch_size // width, MAX_BATCH_TOKENS // longest))
                 batch, group = group[-size:], group[:-size]
-                jobs.append(Job(condition, [s for s, _ in batch], [p for _, p in batch]))
-    return jobs
+                left = [(s, [p for p in s["probes"] if (condition.name, s["sample_id"], p["probe_id"]) not in done]) for s in batch]
+                left = [(s, probes) for s, probes in left if probes]
+                if left:
+                    jobs.append(Job(condition, [s for s, _ in left], [p for _, p in left]))
+    return sorted(jobs, key=lambda job: job.condition.tuned)
 
 
 def text_length(condition: Condition, sample: dict, texts: Texts) -> int:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -44,12 +44,11 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 
-def in_halves(jobs: list, ask: Callable[[Job], list[dict]], bar) -> Iterator[tuple[Job, list[dict]]]:
+def in_halves(jobs: Iterable, ask: Callable[[Job], list[dict]], bar) -> Iterator[tuple[Job, list[dict]]]:
     """(job, its rows) of every job in order. One that the device has no memory for is asked in halves, and so are the larger ones of
     its kind that follow. bar: a tqdm, which names the kind. UserError where one question is too much."""
-    waiting, fits = list(reversed(jobs)), {}
-    while waiting:
-        job = waiting.pop()
+    jobs, waiting, fits = iter(jobs), [], {}
+    while (job := waiting.pop() if waiting else next(jobs, None)) is not None:
         if job.count <= fits.get(job.kind, job.count):
             bar.set_postfix_str(job.kind)
             try:

@@ -125,7 +125,10 @@ class InPlaceTTT(nn.Module):
 
     def down_norm(self, index: int) -> float:
         """|W_down|, Frobenius."""
-        return torch.linalg.vector_norm(self.down_proj(index).weight.detach(), dtype=torch.float64).item()
+        weight = self.down_proj(index).weight.detach()
+        if hasattr(weight, "full_tensor"):  # spread over processes, which all come here (parallel.shard_base); the norm of a slice would be another number
+            weight = weight.full_tensor()
+        return torch.linalg.vector_norm(weight, dtype=torch.float64).item()
 
     @contextmanager
     def _mode(self, session):
@@ -166,18 +169,21 @@ class InPlaceTTT(nn.Module):
         """Fit each TTT layer's scales to the base on one text: the value unit becomes the median RMS of the residual stream behind
         the layer, over the gain of the norm that some bases have between the MLP and the stream, and the codes are centred, so that
         tokens share no direction in them. The first token, often of another size by orders of magnitude, is left out."""
-        inputs, gains = {}, {}
-        layers = {i: self._decoder[0].layers[i] for i in self.config.layers}
+        inputs, states, gains = {}, {}, {}
+        every = self._decoder[0].layers
+        layers = {i: every[i] for i in self.config.layers}
         rms_L = lambda t_1LD: t_1LD[0, 1:].float().pow(2).mean(-1).sqrt()
         hooks = [layer.mlp.base.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0])) for i, layer in layers.items()]
         hooks += [getattr(layer, POST_NORM).register_forward_hook(lambda module, args, out, i=i: gains.__setitem__(i, (rms_L(out) / rms_L(args[0])).median().item()))
                   for i, layer in layers.items() if hasattr(layer, POST_NORM)]
-        states = model.get_decoder()(input_ids=ids_1L, use_cache=False, output_hidden_states=True).hidden_states
+        # what the next layer is given; the last layer's own input serves for what it gives. By hooks: the library keeps no states of a base that is spread over processes
+        hooks += [every[min(i + 1, len(every) - 1)].register_forward_pre_hook(lambda module, args, i=i: states.__setitem__(i, args[0])) for i in layers]
+        model.get_decoder()(input_ids=ids_1L, use_cache=False)
         for hook in hooks:
             hook.remove()
-        for i in self.config.layers:  # states[0] is the embeddings; the last entry is behind the final norm, so the one before serves
+        for i in self.config.layers:
             fast = self.fast[str(i)]
-            fast.value_unit.fill_(rms_L(states[min(i + 1, len(states) - 2)]).median().item() / gains.get(i, 1.0))
+            fast.value_unit.fill_(rms_L(states[i]).median().item() / gains.get(i, 1.0))
             if self.config.codes:
                 fast.centre(inputs[i][0, 1:])
 

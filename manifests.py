@@ -107,7 +107,9 @@ def current_commit() -> str:
 def provenance() -> dict:
     """What every manifest carries: commit, command, versions."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-    return {"commit": current_commit(), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    start = ["python"] if processes == "1" else ["torchrun", "--standalone", "--nproc-per-node", processes]
+    return {"commit": current_commit(), "command": " ".join([*start, Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in packages}}
 
 

@@ -1,6 +1,7 @@
 """What an arm is trained for: each objective takes (loaded, adapter, batch, device) and returns a Step.
 
-The batches come from training_data.py: a Batch of Examples for recall and context, token rows for lm.
+The batches come from training_data.py: a Batch of Examples for recall and context, token rows for lm. Where several processes share an update, each
+is given its own rows as batch and says in part (update_parts.py) what it holds of the whole: every mean below is over all processes' rows.
 
 Beside the answers' cross-entropy a recall arm with codes has four aids, which say directly what the memory is for:
     address   the query that predicts an answer token is to meet the slot of the token before it in the conversation, among the
@@ -24,9 +25,9 @@ from in_place_ttt import InPlaceTTT
 from memory import Memory, meets
 from model_utils import Loaded
 from training_data import IGNORE, NOWHERE, Batch, Example, Packed, columns, pack
+from update_parts import Part
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
-RIVALS = 8          # neighbouring conversations, at most, among whose tokens an address is to be found
 WORTHY = 2.0        # weight of a token worth writing beside one that is not: a fact that is not written costs more than a slot
 NULL = 0.4          # what a query must meet better than to be no query for nothing
 AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights beside the answers' loss (DECISIONS.md)
@@ -36,7 +37,8 @@ AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights be
 class Step:
     """loss (a scalar with gradient), labels counted, how many the argmax got right, tokens run, the memory written.
 
-    measures: what else the log keeps of the update, by name: scalars or one number a layer.
+    measures: what else the log keeps of the update, by name: scalars or one number a layer. Of a part of an update the loss and the measures
+    are what it adds to those of the whole.
     """
 
     loss: torch.Tensor
@@ -47,12 +49,12 @@ class Step:
     measures: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both [B, L], left-aligned: a pad then always has a token to attend to.
+def pad_right(rows: list[list[int]], pad_id: int, device, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [B, L], left-aligned: a pad then always has a token to attend to. width: L, None for what the rows need.
 
     Under a causal mask a pad on the left attends to nothing, and fused attention kernels give such a row NaN gradients.
     """
-    width = columns(rows)
+    width = width or columns(rows)
     ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]).to(device, non_blocking=True)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).to(device, non_blocking=True)
     return ids, mask
@@ -67,17 +69,18 @@ def answer_logits(loaded: Loaded, packed: Packed) -> torch.Tensor:
     return loaded.model.get_output_embeddings()(hidden[:, :-1][packed.labels[:, 1:] != IGNORE]).float()
 
 
-def judged(logits_MV: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Step:
+def judged(logits_MV: torch.Tensor, labels_BT: torch.Tensor, tokens: int, part: Part = Part()) -> Step:
     """Cross-entropy of the answers whose logits these are."""
     wanted = labels_BT[:, 1:][labels_BT[:, 1:] != IGNORE]
     right = (logits_MV.argmax(-1) == wanted).sum()
-    return Step(cross_entropy(logits_MV, wanted), wanted.numel(), right, tokens)
+    return Step(part.mean(cross_entropy(logits_MV, wanted, reduction="sum"), wanted.numel()), wanted.numel(), right, tokens)
 
 
-def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS, lora: PeftModel | None = None) -> Step:
+def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: dict[str, float] = AIDS, lora: PeftModel | None = None,
+                part: Part = Part()) -> Step:
     """Write each conversation, drop it, and answer with the memory alone. lora: a joint arm's, on the base that writes and learns too."""
     pad_id = loaded.tokenizer.pad_token_id
-    ids, mask = pad_right([example.written for example in batch.examples], pad_id, device)
+    ids, mask = pad_right([example.written for example in batch.examples], pad_id, device, part.width)
     # what neither a LoRA, W_down nor an earlier chunk changes carries no gradient while it is written; the values, made of it in memory(), do
     changing = lora is not None or ttt.config.w_down or ttt.config.chunk is not None
     with torch.set_grad_enabled(changing), ttt.write(differentiable=True) as writer, lowest(loaded.model, max(ttt.config.layers) + 1) as decoder:
@@ -94,15 +97,15 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
         reader.expect(torch.ones_like(packed.ids), packed.position, packed.question)
         logits_MV = answer_logits(loaded, packed)
     asked = answer_tokens(batch.examples)
-    answered = judged(logits_MV[:asked], packed.labels[:rows], packed.ids.numel())
+    answered = judged(logits_MV[:asked], packed.labels[:rows], packed.ids.numel(), part)
     loss, measures = answered.loss, {}
     if ttt.config.codes:
-        aids = {"address": address_loss(writer.slots.keys, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, next(iter(memory.layers.values())).sizes, measures)}
+        aids = {"address": address_loss(writer.slots.keys, reader.queries, packed.addresses[:, 1:][asks[:, :-1]], asks, mask, next(iter(memory.layers.values())).sizes, measures, part)}
         if ttt.config.gate:
             worth = torch.tensor([list(e.worth) + [0] * (ids.shape[1] - len(e.worth)) for e in batch.examples]).to(device)
-            aids["worth"] = worth_loss(writer.slots.worth, worth, mask, measures)
+            aids["worth"] = worth_loss(writer.slots.worth, worth, mask, measures, part)
         if others:
-            aids |= changes(loaded, lora, logits_MV[asked:], batch, pad_id, device)
+            aids |= changes(loaded, lora, logits_MV[asked:], batch, pad_id, device, part)
         loss = loss + sum(weights[name] * aid for name, aid in aids.items())
         measures |= {"answers": answered.loss.detach()} | {name: aid.detach() for name, aid in aids.items()}
     tokens = answered.tokens + ids.numel() + sum(example.prompt_tokens for example in others)  # these are read without a memory too
@@ -113,25 +116,26 @@ def answer_tokens(examples: list[Example]) -> int:
     return sum(len(answer) for example in examples for _, answer in example.pairs)
 
 
-def changes(loaded: Loaded, lora: PeftModel | None, attached_MV: torch.Tensor, batch: Batch, pad_id: int, device) -> dict[str, torch.Tensor]:
+def changes(loaded: Loaded, lora: PeftModel | None, attached_MV: torch.Tensor, batch: Batch, pad_id: int, device, part: Part) -> dict[str, torch.Tensor]:
     """Kullback-Leibler divergence, mean over the tokens, of what the untouched base predicts the foreign and the calm rows' answer tokens as
     from the logits with a memory attached (and a joint arm's LoRA on)."""
     kinds = {name: rows for name, rows in (("foreign", batch.foreign), ("calm", batch.calm)) if rows}
     with torch.no_grad(), lora.disable_adapter() if lora else nullcontext():
         without_MV = log_softmax(answer_logits(loaded, pack([*batch.foreign, *batch.calm], pad_id, device)), -1)
     counts = [answer_tokens(rows) for rows in kinds.values()]
-    return {name: kl_div(log_softmax(attached, -1), without, reduction="batchmean", log_target=True)
+    return {name: part.mean(kl_div(log_softmax(attached, -1), without, reduction="sum", log_target=True), len(attached))
             for name, attached, without in zip(kinds, attached_MV.split(counts), without_MV.split(counts))}
 
 
-def address_loss(key_YBSK: torch.Tensor, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, sizes, measures: dict) -> torch.Tensor:
+def address_loss(key_YBSK: torch.Tensor, queries: dict, address_M: torch.Tensor, asks_BT, mask_BS, sizes, measures: dict,
+                 part: Part = Part()) -> torch.Tensor:
     """InfoNCE of the asking queries over the tokens of some conversations and the null, mean over the Y layers.
 
     keys: of all written tokens; queries: {layer: [M, K]} in the order in which asks [B, T] is true; address [M]; sizes: the codes'.
     """
+    key_YBSK, mask_BS, ahead, rivals = part.rivals(key_YBSK, mask_BS)
     rows, slots = mask_BS.shape
-    rivals = next(n for n in range(RIVALS, 0, -1) if rows % n == 0)
-    row_M, place_M = asks_BT.nonzero()[:, 0], (asks_BT.cumsum(1) - 1)[asks_BT]
+    row_M, place_M = ahead + asks_BT.nonzero()[:, 0], (asks_BT.cumsum(1) - 1)[asks_BT]
     query_YMK = torch.stack([queries[index] for index in sorted(queries)])
     query_YBQK = query_YMK.new_zeros(len(query_YMK), rows, int(asks_BT.sum(1).max()), query_YMK.shape[2])
     query_YBQK = query_YBQK.index_put((torch.arange(len(query_YMK), device=row_M.device)[:, None], row_M[None], place_M[None]), query_YMK)
@@ -144,26 +148,27 @@ def address_loss(key_YBSK: torch.Tensor, queries: dict, address_M: torch.Tensor,
     wanted_M = torch.where(address_M == IGNORE, IGNORE, wanted_M)
     wanted_YM = wanted_M.expand(len(query_YMK), -1)
     in_text_M = address_M >= 0
-    if in_text_M.any():  # share of answer tokens whose slot is the one met best, by layer
+    if part.total(in_text_M.sum()):  # share of answer tokens whose slot is the one met best, by layer
         with torch.no_grad():
-            measures["found"] = (met_YMN.argmax(2) == wanted_YM)[:, in_text_M].float().mean(1)
+            measures["found"] = part.mean((met_YMN.argmax(2) == wanted_YM)[:, in_text_M].float().sum(1), in_text_M.sum())
     summed = cross_entropy(SHARPNESS * met_YMN.flatten(0, 1), wanted_YM.flatten(), ignore_index=IGNORE, reduction="sum")
-    return summed / (wanted_YM != IGNORE).sum().clamp(min=1)  # a batch may know no address at all
+    return part.mean(summed, (wanted_YM != IGNORE).sum())  # a batch may know no address at all
 
 
-def worth_loss(logit_YBS: torch.Tensor, worth_BS: torch.Tensor, mask_BS: torch.Tensor, measures: dict) -> torch.Tensor:
+def worth_loss(logit_YBS: torch.Tensor, worth_BS: torch.Tensor, mask_BS: torch.Tensor, measures: dict, part: Part = Part()) -> torch.Tensor:
     """Binary cross-entropy of the write gates, mean over real tokens and layers."""
     real = mask_BS.bool()
     wanted = worth_BS[real].float()
     judged = logit_YBS[:, real]
     with torch.no_grad():
         open_ = (judged > 0).float()  # a sparse gate leaves a slot already from the logit of shut_below on
-        measures["gate_recall"] = (open_ * wanted).sum(1) / wanted.sum().clamp(min=1)
-        measures["gate_precision"] = (open_ * wanted).sum(1) / open_.sum(1).clamp(min=1)
-    return binary_cross_entropy_with_logits(judged, wanted.expand_as(judged), pos_weight=judged.new_tensor(WORTHY))
+        measures["gate_recall"] = part.mean((open_ * wanted).sum(1), wanted.sum())
+        measures["gate_precision"] = part.mean((open_ * wanted).sum(1), open_.sum(1))
+    summed = binary_cross_entropy_with_logits(judged, wanted.expand_as(judged), pos_weight=judged.new_tensor(WORTHY), reduction="sum")
+    return part.mean(summed, judged.numel())
 
 
-def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> Step:
+def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device, part: Part = Part()) -> Step:
     """Next-token loss while the text is written chunk by chunk and attention sees all of it."""
     ids, mask = pad_right(batch, loaded.tokenizer.pad_token_id, device)
     with ttt.write(differentiable=True) as writer:
@@ -174,13 +179,13 @@ def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device) -> 
     wanted = ids[:, 1:][wanted_BL]
     with torch.no_grad():
         memory = writer.memory()
-    return Step(cross_entropy(logits, wanted), wanted.numel(), (logits.argmax(-1) == wanted).sum(), ids.numel(), memory)
+    return Step(part.mean(cross_entropy(logits, wanted, reduction="sum"), wanted.numel()), wanted.numel(), (logits.argmax(-1) == wanted).sum(), ids.numel(), memory)
 
 
-def context_step(loaded: Loaded, ttt: None, batch: Batch, device) -> Step:
+def context_step(loaded: Loaded, ttt: None, batch: Batch, device, part: Part = Part()) -> Step:
     """Answer with the conversation in the prompt; a LoRA on the base learns to."""
     packed = pack(batch.examples, loaded.tokenizer.pad_token_id, device)
-    return judged(answer_logits(loaded, packed), packed.labels, packed.ids.numel())
+    return judged(answer_logits(loaded, packed), packed.labels, packed.ids.numel(), part)
 
 
 OBJECTIVES = {"recall": recall_step, "lm": lm_step, "context": context_step}

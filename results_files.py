@@ -54,15 +54,25 @@ SUMS = "predictions.sums"  # of a run under way: a line for each block of rows, 
 
 
 @contextmanager
-def only_run(out):
-    """Hold a results folder; UserError while another process holds it. The lock is the kernel's and ends with the process, killed or not."""
+def only_run(out, group):
+    """Hold a results folder for the processes of a parallel.Group; UserError while another run holds it. The lock is the kernel's and ends
+    with the last of them, killed or not."""
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
+
+    def hold():
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if group.size > 1:  # nobody else had it; from here on each of the group has a share
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is writing into it now; wait until it ends, or name another --out") from None
+
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        group.once(hold)
+        if not group.leads:
+            fcntl.flock(handle, fcntl.LOCK_SH)
         yield
-    except BlockingIOError:
-        raise UserError(f"{out}: another run is writing into it now; wait until it ends, or name another --out") from None
     finally:
         os.close(handle)
 
@@ -85,8 +95,11 @@ def check_sums(folder, run):
         return len(rows)
     if not sums.is_file():
         return None
+    lines = sums.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    if f"{len(rows)} {hashlib.sha256(rows).hexdigest()}" in lines:  # also of rows that were put in order, where earlier lines are of another one
+        return len(rows)
     seen, end = hashlib.sha256(), 0
-    for line in sums.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+    for line in lines:
         size, _, sha = line.partition(" ")
         if not size.isdecimal() or int(size) < end:
             raise ResultsError(f"{sums}: changed ({line[:80]!r} is no line of it); {mend}")
@@ -101,29 +114,67 @@ def check_sums(folder, run):
 
 
 class Rows:
-    """predictions.jsonl of a run under way, appended to block by block as a context, and its sums, which are there from the beginning."""
+    """predictions.jsonl of a run under way, appended to block by block as a context, and its sums, which are there from the beginning.
 
-    def __init__(self, out):
+    Several processes of a run append to one file, a block at a time each. begin: whether this is the one that opened the folder.
+    """
+
+    def __init__(self, out, begin=True):
         self.paths = path, sums = out / "predictions.jsonl", out / SUMS
-        self.hash = hashlib.sha256(path.read_bytes() if path.exists() else b"")
-        self.size = path.stat().st_size if path.exists() else 0
-        with replacing(sums) as part:
-            part.write_text(self._line() if self.size else "", encoding="utf-8")
+        self.hash, self.size = hashlib.sha256(), 0
+        if begin:
+            self._take(path.read_bytes() if path.exists() else b"")
+            with replacing(sums) as part:
+                part.write_bytes(self._line())
+
+    def _take(self, block):
+        self.hash.update(block)
+        self.size += len(block)
 
     def _line(self):
-        return f"{self.size} {self.hash.hexdigest()}\n"
+        return f"{self.size} {self.hash.hexdigest()}\n".encode()
 
     def add(self, rows):
         """Append rows as one block; its sum goes to the disk first. UserError where one of the files is no longer there: what it held is put back."""
         for file, path in zip((self.sums, self.file), reversed(self.paths)):
             put_back(file, path)
         block = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode("utf-8")
-        self.hash.update(block)
-        self.size += len(block)
-        for file, path, written in zip((self.sums, self.file), reversed(self.paths), (self._line().encode("utf-8"), block)):
-            with naming(path):
-                file.write(written)
-                file.flush()
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            self._catch_up()
+            self._take(block)
+            for file, path, written in zip((self.sums, self.file), reversed(self.paths), (self._line(), block)):
+                with naming(path):
+                    file.write(written)
+                    file.flush()
+        finally:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def _catch_up(self):
+        """Take in what other processes of the run have added."""
+        path, sums = self.paths
+        lines = sums.read_bytes()
+        if not lines.endswith(self._line()):
+            with path.open("rb") as file:
+                file.seek(self.size)
+                self._take(file.read())
+            if not lines.endswith(self._line()):
+                raise ResultsError(f"{path}: a process of this run ended while it wrote its rows; go on with --resume")
+
+    def put_in_order(self, place):
+        """Sort the rows by place(row), those alike as they stand, after all processes have added theirs; returns (how many, SHA-256 of the file).
+        A kill on the way leaves the one order or the other, and a sum for both."""
+        path, sums = self.paths
+        self._catch_up()
+        rows = path.read_bytes()
+        ordered = b"".join(sorted(rows.splitlines(keepends=True), key=lambda line: place(json.loads(line))))
+        if ordered != rows:
+            self.hash = hashlib.sha256(ordered)
+            with naming(sums), sums.open("ab") as file:
+                file.write(self._line())
+            with replacing(path) as part:
+                part.write_bytes(ordered)
+        return ordered.count(b"\n"), self.hash.hexdigest()
 
     def __enter__(self):
         self.file, self.sums = (path.open("a+b") for path in self.paths)
@@ -136,25 +187,34 @@ class Rows:
             self.sums.close()
 
 
-def ask_into(out, report, done, resumed, started, ask):
-    """Keep in a folder the rows of ask(rows_file), which returns how many it added; returns how many there are with the `done` before.
+def ask_into(out, report, done, resumed, started, ask, group, place=lambda row: 0):
+    """Keep in a folder the rows that ask(rows_file) adds, each process of a parallel.Group its own; returns how many there then are, with the
+    `done` before.
 
-    run.json (`report`) is written before and after; started: seconds since the epoch. Ctrl-C, and what is taken for it, ends the process with the
-    command that goes on; resumed: that command has its --resume already.
+    run.json (`report`) is written before and after; started: seconds since the epoch. place(row): by what the rows are sorted at the end (as they
+    came). Ctrl-C, and what is taken for it, ends the process with the command that goes on; resumed: that command has its --resume already.
     """
-    rows_file = Rows(out)  # before run.json loses the hash of a finished run
-    write_json(out / "run.json", report | {"seconds": 0.0, "cost_usd": cost_usd(0.0), "complete": False, "rows": done})
+    rows_file = Rows(out, begin=group.leads)
+    # the sums were written before run.json loses the hash of a finished run
+    group.once(lambda: write_json(out / "run.json", report | {"seconds": 0.0, "cost_usd": cost_usd(0.0), "complete": False, "rows": done}))
     try:
-        count = done + ask(rows_file)
+        ask(rows_file)
+        group.wait()
     except KeyboardInterrupt:
-        print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if resumed else ' --resume'}", file=sys.stderr)
+        if group.speaks():
+            print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if resumed else ' --resume'}", file=sys.stderr)
         sys.exit(130)
-    ended = time.time()
-    seconds = round(ended - started, 1)  # of this process, and so is its cost
-    write_json(out / "run.json", report | {"seconds": seconds, "cost_usd": cost_usd(seconds), "ended": utc(ended), "complete": True, "rows": count,
-                                           "rows_sha256": rows_file.hash.hexdigest()})
-    (out / SUMS).unlink()
-    return count
+
+    def end():
+        count, sha = rows_file.put_in_order(place)
+        ended = time.time()
+        seconds = round(ended - started, 1)  # of this process, and so is its cost
+        write_json(out / "run.json", report | {"seconds": seconds, "cost_usd": cost_usd(seconds), "ended": utc(ended), "complete": True, "rows": count,
+                                               "rows_sha256": sha})
+        (out / SUMS).unlink()
+        return count
+
+    return group.once(end)
 
 
 def open_folder(out, resume, mine):

@@ -3,7 +3,7 @@
     python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-deep --out results/smollm2-deep
 
 What each condition does is in the table of conditions.py, what it tells in report_tables.MEANINGS. Rows go to OUT/predictions.jsonl as they come; OUT/run.json holds
-everything needed to repeat the run. An interrupted run goes on with --resume.
+everything needed to repeat the run. An interrupted run goes on with --resume. On several GPUs: torchrun --standalone --nproc-per-node N run_experiment.py ...
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from halving import in_halves
 from hardware import be_deterministic, hardware
 from manifests import UserError, file_sha256, provenance, read_manifest, run_script, utc
 from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
+from parallel import Group, process_group
 from results_files import MEMORYLESS, Rows, ask_into, only_run, open_folder
 
 DEFAULT_CONDITIONS = "A_context,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
@@ -85,6 +86,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    with process_group() as group:
+        ask_benchmark(group)
+
+
+def ask_benchmark(group: Group) -> None:
     arguments = parse_arguments()
     if arguments.deterministic:
         be_deterministic()
@@ -99,13 +105,14 @@ def main() -> None:
     samples = benchmark_file.select_samples(bench, levels, langs, arguments.limit)
     if not samples:
         raise UserError(f"{arguments.benchmark}: no sample of levels {arguments.levels} in {','.join(langs)}; choose others")
+    group.take_gpu(arguments.device)
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row_)
     arguments.dtype = str(dtype).removeprefix("torch.")
-    print(f"{row_.name} on {reason}")
-    run(arguments, load_model(arguments.model, device, dtype), conditions, samples, bench, levels, langs, reason, started)
+    group.say(f"{row_.name} on {reason}")
+    run(arguments, load_model(arguments.model, device, dtype), conditions, samples, bench, levels, langs, reason, started, group)
 
 
-def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, started) -> None:
+def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, started, group: Group) -> None:
     base_parameters = loaded.parameters  # before a joint arm's LoRA is on it
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
     if manifest.get("lora"):
@@ -124,8 +131,8 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
     out = Path(arguments.out or f"results/{arm}")
     sha = lambda m: m and next(iter(m["files"].values()), None)
     mine = identity(arguments, loaded, file_sha256(arguments.benchmark), sha(manifest) or None, sha(tuned))
-    with only_run(out):
-        done, earlier = open_folder(out, arguments.resume, mine)
+    with only_run(out, group):
+        done, earlier = group.once(lambda: open_folder(out, arguments.resume, mine))
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
         report = {"arm": arm, "model": loaded.row.name, "model_sha256": loaded.sha256, "model_source": loaded.source,
                   "frozen": manifest.get("frozen", True), "objective": manifest.get("objective", "none"), "seed": manifest.get("seed"),
@@ -136,32 +143,42 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
                   "benchmark": {"file": arguments.benchmark, "sha256": mine["benchmark_sha256"]},
                   "conditions": together("conditions", [c.name for c in conditions]),
                   "levels": together("levels", levels), "langs": together("langs", langs), "limit": widest(earlier, arguments.limit),
-                  **provenance(), "hardware": hardware(loaded.device.type), "device": reason.split(",")[0],
+                  **provenance(), "hardware": hardware(loaded.device.type), "device": reason.split(",")[0], "processes": group.size,
                   "dtype": arguments.dtype, "batch_size": arguments.batch_size,
                   "ttt": manifest.get("ttt"), "identity": mine, "started": utc(started)}
+        everything = plan(conditions, samples, set(), texts, arguments.batch_size)
+        probes = [(job.condition.name, s["sample_id"], p["probe_id"]) for job in everything for s, asked in zip(job.samples, job.probes) for p in asked]
+        place = {probe: number for number, probe in enumerate(probes)}  # of an earlier run that asked for more: before these
         rows = ask_into(out, report, len(done), arguments.resume, started,
-                        lambda rows_file: ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file))
-        print(f"{rows} rows in {out}; next: python evaluate.py {out}")
+                        lambda rows_file: ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file, group),
+                        group, lambda r: place.get((r["condition"], r["sample_id"], r["probe_id"]), -1))
+        group.say(f"{rows} rows in {out}; next: python evaluate.py {out}")
 
 
-def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, done, rows_file: Rows) -> int:
-    """All jobs, the base's first and the LoRA's last; returns how many rows were added."""
+def ask_everything(arguments, loaded, ttt, conditions, samples, texts: Texts, done, rows_file: Rows, group: Group) -> None:
+    """All jobs that are not done, the base's first and the LoRA's last; each process takes the next one that no other has."""
     jobs = plan(conditions, samples, done, texts, arguments.batch_size)
-    count = 0
     # the bar counts tokens to run, not probes: a long text costs more than a short one
     cost = lambda job: sum(text_length(job.condition, s, texts) for s in job.samples) + 60 * sum(map(len, job.probes))
-    with rows_file, tqdm(total=sum(map(cost, jobs)), unit="tok", unit_scale=True, smoothing=0.1, desc="answering") as bar:
+    with rows_file, tqdm(total=sum(map(cost, jobs)), unit="tok", unit_scale=True, smoothing=0.1, desc="answering", disable=not group.leads) as bar:
         for tuned in (False, True):
             mine = [job for job in jobs if job.condition.tuned == tuned]
             if tuned and mine:
                 if ttt is not None:
                     ttt.detach()
                 load_lora(arguments.tuned_adapter, loaded)
-            for job, rows in in_halves(mine, lambda job: answer(loaded, ttt, job, texts), bar):
+            for job, rows in in_halves(taken(mine, "tuned" if tuned else "base", group, cost, bar), lambda job: answer(loaded, ttt, job, texts), bar):
                 rows_file.add(rows)
-                count += len(rows)
-                bar.update(cost(job))
-    return count
+
+
+def taken(jobs, name: str, group: Group, cost, bar):
+    """The jobs that fall to this process, of a list of that name. The bar stands at what somebody has taken before the one to come."""
+    begun = 0
+    for number in group.turns(name, len(jobs)):
+        bar.update(sum(map(cost, jobs[begun:number])))
+        begun = number
+        yield jobs[number]
+    bar.update(sum(map(cost, jobs[begun:])))
 
 
 if __name__ == "__main__":

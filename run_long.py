@@ -26,6 +26,7 @@ from long_items import Item
 from long_modes import MODES, USUAL, asked, check_mode
 from manifests import UserError, provenance, run_script, utc
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
+from parallel import Group
 from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
 
@@ -162,7 +163,7 @@ def main() -> None:
     out = Path(arguments.out or f"results/long/{arm}")
     mine = {"model_sha256": loaded.sha256, "adapter_sha256": next(iter(manifest["files"].values())) if manifest else None,
             "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
-    with only_run(out):
+    with only_run(out, Group()):
         done, earlier = open_folder(out, arguments.resume, mine)
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
         report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"),
@@ -173,19 +174,16 @@ def main() -> None:
                   "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
                   "started": utc(started)}
         jobs = plan(items, arguments.modes, done, arguments.batch_tokens)
-        rows = ask_into(out, report, len(done), arguments.resume, started, lambda rows_file: ask(loaded, ttt, jobs, rows_file))
+        rows = ask_into(out, report, len(done), arguments.resume, started, lambda rows_file: ask(loaded, ttt, jobs, rows_file), Group())
     print(f"{rows} rows in {out}; next: python report_long.py {out}")
 
 
-def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], rows_file: Rows) -> int:
-    """All jobs; returns how many rows were added."""
-    count = 0
+def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], rows_file: Rows) -> None:
+    """All jobs."""
     with rows_file, tqdm(total=sum(item.length for job in jobs for item in job.items), unit="tok", unit_scale=True, desc="asking") as bar:
         for job, rows in in_halves(jobs, lambda job: answer(loaded, ttt, job), bar):
             rows_file.add(rows)
-            count += len(rows)
             bar.update(sum(item.length for item in job.items))
-    return count
 
 
 if __name__ == "__main__":

@@ -33,10 +33,13 @@ from fast_weight import TARGETS
 from halving import out_of_memory
 from hardware import be_deterministic, hardware
 from manifests import UserError, cost_usd, naming, provenance, put_back, run_script, utc
+from memory import tensors_digest
 from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
+from parallel import Group, check_sharding, process_group, shard_base
 from training_data import CORPORA, BankDataset, TextDataset, batches, load_texts
 from training_state import LOG, STATE, identity, keep_log, resume, save_state
+from update_parts import part_of
 
 UPDATES = {"recall": 1450, "lm": 520, "context": 845}  # what fitted into the sessions of the reported runs
 CONVERSATIONS = {"recall": 64, "lm": 32, "context": 32}
@@ -77,31 +80,34 @@ def check_course(losses: list[float], update: int) -> None:
         raise Diverged(f"the loss climbed from {min(means):.2f} to {means[-1]:.2f} by update {update}")
 
 
-def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, losses, log, save) -> None:
+def train(arguments, loaded: Loaded, arm: Arm, optimizer, dataset, first: int, losses, log, save, group: Group) -> None:
     """Run the updates after those whose losses are given; `save(update)` follows every --save-every good ones, each of --snapshots and
     the last. first: the dataset's item of the first update."""
     device, step, started, parameters = loaded.device, make_step(arguments, arm), time.time(), list(arm.trained().values())
     bar = tqdm(batches(dataset, arguments.workers, start=first + len(losses)), total=arguments.updates, initial=len(losses),
-               desc=arguments.arm, unit="update")
+               desc=arguments.arm, unit="update", disable=not group.leads)
     for update, batch in enumerate(bar, len(losses)):
         begun = time.time()
         lr = learning_rate(update, arguments.updates, arguments.lr, arguments.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        torch.manual_seed(arguments.seed * arguments.updates + update)  # a resumed run drops what an uninterrupted one would
-        result = step(loaded, arm.ttt, batch, device)
+        for own in optimizer.param_groups:
+            own["lr"] = lr * own["share"]
+        # a resumed run drops what an uninterrupted one would, and each process something else
+        torch.manual_seed((arguments.seed * arguments.updates + update) * group.size + group.rank)
+        part = part_of(batch, group)
+        result = step(loaded, arm.ttt, part.own, device, part=part)
         result.loss.backward()
+        group.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.clip)
-        losses.append(result.loss.item())
+        whole = part.log(result)
+        losses.append(whole.pop("loss"))
         check_course(losses, update)
         if not math.isfinite(norm):
             raise Diverged(f"the gradient norm is {norm.item()} at update {update}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": result.right.item() / max(result.labels, 1), "grad_norm": norm.item(),
-                    "update_norm": result.memory.detach().update_norm().mean().item() if result.memory else None,
-                    "tokens_per_s": result.tokens / (time.time() - begun), "lr": lr, "seconds": time.time() - started}
-        measured |= {name: t.tolist() for name, t in result.measures.items()}
+        measured = {"update": update + 1, "loss": losses[-1], "token_accuracy": whole.pop("right") / max(whole.pop("labels"), 1), "grad_norm": norm.item(),
+                    "update_norm": whole.pop("update_norm"), "tokens_per_s": whole.pop("tokens") / (time.time() - begun), "lr": lr,
+                    "seconds": time.time() - started} | whole
         log.write((json.dumps({k: rounded(v) for k, v in measured.items()}, allow_nan=False) + "\n").encode("utf-8"))
         bar.set_postfix_str(progress(measured))
         if (update + 1) % arguments.save_every == 0 or update + 1 in (arguments.updates, *arguments.snapshots):
@@ -118,7 +124,7 @@ def rate_share(name: str, joint: bool) -> float:
 
 
 def make_step(arguments, arm: Arm):
-    """The objective's step, (loaded, ttt, batch, device) -> Step."""
+    """The objective's step, (loaded, ttt, batch, device, part=...) -> Step."""
     step = OBJECTIVES[arguments.objective]
     return partial(step, weights=aid_weights(arguments), lora=arm.lora) if arguments.objective == "recall" else step
 
@@ -192,6 +198,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base; the adapter is float32")
     run.add_argument("--deterministic", action="store_true", help="only kernels that give the same bytes every time (default: the fastest ones)")
+    run.add_argument("--shard-base", action="store_true", help="with torchrun: spread the base's layers over the processes (FSDP2), for one that does not fit a GPU")
     arguments = parser.parse_args()
     arguments.arm = arguments.arm or f"{arguments.model.replace('/', '-')}-{arguments.objective}"
     arguments.updates = UPDATES[arguments.objective] if arguments.updates is None else arguments.updates
@@ -285,10 +292,17 @@ def make_dataset(arguments, config, loaded: Loaded, langs, first: int):
 
 
 def main() -> None:
+    with process_group() as group:
+        train_arm(group)
+
+
+def train_arm(group: Group) -> None:
     arguments, started = parse_arguments(), time.time()
     if arguments.deterministic:
         be_deterministic()
     row = arguments.row
+    if arguments.shard_base:
+        check_sharding(group, arguments.joint)
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
     if arguments.dropout and not (config and config.deep):
         raise UserError(f"--dropout {arguments.dropout:g}: this arm has no side streams to drop from; add --deep, or leave it out")
@@ -298,15 +312,19 @@ def main() -> None:
     for aside in (folder.with_name(f"{arguments.arm}-at-{n}") for n in arguments.snapshots):
         if (aside / "manifest.json").exists() and not arguments.resume:
             raise UserError(f"{aside}: already holds a snapshot; name another --arm, or remove the folder")
+    group.take_gpu(arguments.device)
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row, training=True)
-    print(f"{arguments.arm}: {row.name} on {reason}")
+    group.say(f"{arguments.arm}: {row.name} on {reason}")
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
-    loaded = load_model(arguments.model, device, dtype)
+    loaded = load_model(arguments.model, "cpu" if arguments.shard_base else device, dtype)
     fuse_norms(loaded.model)
     if arguments.length:
         check_window(loaded.model, arguments.length, f"--length {arguments.length}")
-    before = base_digest(loaded)
+    digest = before = base_digest(loaded)
+    if arguments.shard_base:
+        shard_base(loaded, device, group)
+        before = base_digest(loaded)  # of the slices that this process holds
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
     trained = arm.trained()
     if arguments.dropout:
@@ -322,14 +340,14 @@ def main() -> None:
                               "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
                               "length": arguments.length, "groups": arguments.groups,
                               "aids": aid_weights(arguments) if config and config.codes else None}, **provenance(), "device": reason,
-                "hardware": hardware(device.type), "started": utc(started)}
+                "hardware": hardware(device.type), "processes": group.size, "started": utc(started)}
     mine = identity(manifest, arguments.updates)
     done = resume(folder, mine, trained, optimizer) if arguments.resume else 0
     if done >= arguments.updates:
-        print(f"{folder}: already trained for {done} updates; nothing to do")
+        group.say(f"{folder}: already trained for {done} updates; nothing to do")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    losses = keep_log(folder / LOG, done)
+    losses = group.once(lambda: keep_log(folder / LOG, done))
 
     def save(update: int) -> None:
         if base_digest(loaded) != before:  # before a checkpoint of it can be mistaken for a good one
@@ -337,6 +355,10 @@ def main() -> None:
         wrong = too_large(trained)
         if wrong:  # before the state, which a resumed run would go on from
             raise Diverged(f"{wrong} does not fit float16 (inf or NaN after rounding) after update {update}")
+        if not group.agree(tensors_digest(trained)):
+            raise RuntimeError("the processes no longer train the same adapter; nothing more was saved")
+        if not group.leads:
+            return
         if update < arguments.updates:
             save_state(folder, trained, optimizer, mine, update)
         seconds = round(time.time() - started, 1)  # of this process
@@ -350,13 +372,14 @@ def main() -> None:
         if update == arguments.updates:
             (folder / STATE).unlink(missing_ok=True)
 
-    with naming(folder / LOG), (folder / LOG).open("a+b") as log:
-        run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save), folder)
-    print(f"the base is unchanged (sha256 {before[:12]}); next: python run_experiment.py --model {arguments.model} "
-          f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign' if arguments.joint else ''}")
+    path = folder / LOG if group.leads else Path(os.devnull)
+    with naming(path), path.open("a+b") as log:
+        run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save, group), folder, group)
+    group.say(f"the base is unchanged (sha256 {digest[:12]}); next: python run_experiment.py --model {arguments.model} "
+              f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign' if arguments.joint else ''}")
 
 
-def run_training(arguments, work, folder: Path) -> None:
+def run_training(arguments, work, folder: Path, group: Group) -> None:
     """Do the work; divergence, a device without memory and Ctrl-C end it with one clear message and the last checkpoint in place."""
     kept = lambda what: f"{what} is kept in {folder}" if (folder / "manifest.json").exists() else f"there was no checkpoint yet in {folder}"
     try:
@@ -369,7 +392,8 @@ def run_training(arguments, work, folder: Path) -> None:
         raise UserError(f"{arguments.arm}: the device has no memory for an update of {arguments.conversations} conversations; {kept('the last checkpoint')}; "
                         "go on with --resume on a device with more memory, or train another --arm with fewer --conversations") from error
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {kept('its last checkpoint')}; go on with\n  {provenance()['command']}{'' if arguments.resume else ' --resume'}", file=sys.stderr)
+        if group.speaks():
+            print(f"\ninterrupted: {kept('its last checkpoint')}; go on with\n  {provenance()['command']}{'' if arguments.resume else ' --resume'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -156,7 +156,7 @@ def test_w_down_learns_at_its_own_rate():
 def test_a_change_of_the_bases_own_w_down_is_noticed(tmp_path, call, texts, monkeypatch):
     step = objectives.OBJECTIVES["lm"]
 
-    def disturb(loaded, ttt, batch, device):
+    def disturb(loaded, ttt, batch, device, part):
         ttt.down_proj(1).weight.data.view(-1)[0] += 1e-3
         return step(loaded, ttt, batch, device)
 

@@ -350,9 +350,9 @@ def test_context_trains_a_lora_and_only_that(tmp_path, call, monkeypatch):
     seen = []
     step = objectives.context_step
 
-    def watched(loaded, ttt, batch, device):
+    def watched(loaded, ttt, *batch, **part):
         seen.append((ttt, {n for n, p in loaded.model.named_parameters() if p.requires_grad}))
-        return step(loaded, ttt, batch, device)
+        return step(loaded, ttt, *batch, **part)
 
     monkeypatch.setitem(train_minimal.OBJECTIVES, "context", watched)
     code, out, _ = call(command(tmp_path, objective="context", updates=2))

@@ -18,6 +18,7 @@ import evaluate
 import results_files
 from manifests import UserError, read_manifest
 from memory import Memory, MemoryFileError
+from parallel import Group
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_another_benchmark_and_a_changed_adapter_are_named(copy, capsys, kit, tm
 
 
 def test_two_runs_in_one_folder(copy, kit, call):  # noqa: F811
-    with results_files.only_run(copy):
+    with results_files.only_run(copy, Group()):
         code, _, err = call(argv_of(kit, copy, "--resume"))
     assert code == 2 and "another run is writing into it now" in err and len(err.splitlines()) == 1
     assert call(argv_of(kit, copy, "--resume"))[0] == 0
