@@ -345,7 +345,7 @@ def test_pull_refuses_a_path_that_leaves_the_folder(tmp_path, monkeypatch):
 
 # ---- bodies, with the scripts themselves ---------------------------------------------------------------------------
 
-def in_this_process(code_folder, folder, script, *arguments):
+def in_this_process(code_folder, folder, script, *arguments, usd_per_second=None):
     """stages.run_script without a process of its own: torch need not be loaded once more for every script."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
