@@ -4,6 +4,7 @@ A loader may raise its own error, of one line that names the file, or return wha
 """
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -33,6 +34,7 @@ from results_files import ResultsError, load_run, open_folder
 
 CASES = 12_000        # over all loaders
 CONVERSATIONS = 5_000
+EVERY = 5             # conversations between two measurements
 MOST_GROWTH = 8e6     # bytes: mean resident memory of the last fifth of the conversations above that of the second fifth (the first one warms up)
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
@@ -159,10 +161,10 @@ def fuzzed(name: str, path: Path, read, error, data, cases: int, number: int) ->
 # ---- a soak ----
 
 def conversations(kit: Kit, number: int) -> tuple[list[float], list[str]]:
-    """Write, answer and drop so many conversations, one after the other; (resident bytes after each, the answers).
+    """Write, answer and drop so many conversations, one after the other; (resident bytes after every EVERY-th, the answers).
 
-    torch's library for CPUs keeps the last 1,024 kernels that it compiled, one for each length of text; that store is switched off, so that what
-    grows here is a conversation's.
+    What is measured is what a conversation leaves behind. So torch's store of the last 1,024 kernels that it compiled, one for each length of text, is
+    switched off, and the C library hands back what was freed before its holes are counted as memory in use.
     """
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"  # read at the first product
     torch.set_num_threads(1)
@@ -170,7 +172,8 @@ def conversations(kit: Kit, number: int) -> tuple[list[float], list[str]]:
     ttt, _ = load_adapter(kit.adapter, loaded)
     tokenizer, draw, sizes, answers = loaded.tokenizer, kit.draws("soak"), [], []
     head = prompts.head_ids(tokenizer, "en", with_text=False)
-    for _ in range(number):
+    give_back = ctypes.CDLL("libc.so.6").malloc_trim
+    for done in range(1, number + 1):
         sample = training_bank.sample_conversation(draw, "en", "train", 2)
         with torch.inference_mode():
             memory, _ = write_rows(loaded.model, ttt, [prompts.written_ids(tokenizer, sample["conversation"])], tokenizer.pad_token_id, dropped=True)
@@ -178,16 +181,18 @@ def conversations(kit: Kit, number: int) -> tuple[list[float], list[str]]:
             said, _ = answers_to(loaded.model, tokenizer, [prompts.tail_ids(tokenizer, "en", sample["probes"][0]["question"])], 4, past, ttt, memory)
         answers += said
         del memory, past
-        sizes.append(resident_bytes())
+        if done % EVERY == 0:
+            give_back(0)
+            sizes.append(resident_bytes())
     return sizes, answers
 
 
 def soak(kit: Kit) -> str:
-    number = kit.cases(CONVERSATIONS, 10)
+    number = kit.cases(CONVERSATIONS, 10 * EVERY)
     sizes, answers = in_fork(functools.partial(conversations, kit, number), limit=None)
-    fifth = number // 5
+    fifth, tenth = len(sizes) // 5, len(sizes) // 10
     early, late = statistics.mean(sizes[fifth:2 * fifth]), statistics.mean(sizes[-fifth:])
-    tenths = ", ".join(f"{statistics.mean(sizes[number * i // 10:number * (i + 1) // 10]) / 1e6:.0f}" for i in range(10))
+    tenths = ", ".join(f"{statistics.mean(sizes[tenth * i:tenth * (i + 1)]) / 1e6:.0f}" for i in range(10))
     require(late - early <= MOST_GROWTH, f"{(late - early) / 1e6:.1f} MB more in the last fifth of {number} conversations than in the second (MB by tenths: {tenths})")
     require(len(set(answers)) > 1, "every conversation got the same answer")
     return (f"{number} conversations, {len(set(answers))} different answers; {early / 1e6:.1f} MB resident in the second fifth, {late / 1e6:.1f} in the last "

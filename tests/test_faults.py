@@ -69,7 +69,7 @@ def test_every_parser_and_loader_a_few_times(small):
 
 
 def test_a_few_conversations_through_one_process(small):
-    assert "10 conversations" in fault_fuzz.soak(small)
+    assert "50 conversations" in fault_fuzz.soak(small)
 
 
 def test_a_changed_conversion_is_named(small, monkeypatch):
