@@ -22,7 +22,7 @@ import benchmark_file
 import plots
 import report_tables
 from benchmark_dialogue import person_names
-from intervals import PAIRS, POOLED, RATIOS, Bootstrap, em_interval, mcnemar, probe_key, ratio_cell
+from intervals import PAIRS, POOLED, RATIOS, Bootstrap, em_interval, mcnemar, of_shared_seeds, probe_key, ratio_cell
 from results_files import (POSITIONS, ResultsError, condition_order, find_runs, group_arms, lend_rows, load_curves,
                            load_run, parse_object, read_text)
 from verify_files import verify
@@ -183,11 +183,11 @@ def pooled_levels(rows, settings):
 
 
 def b_vs_d(by_condition):
-    """[EM in B, EM in D, number of conversations] over the level-3 conversations that both answered."""
+    """[EM in B, EM in D, number of conversations] over the level-3 conversations that both answered, of the seeds that have both."""
     em = []
-    for name in ("B_memory", "D_distractor"):
+    for rows in of_shared_seeds({name: by_condition.get(name, []) for name in ("B_memory", "D_distractor")})[0].values():
         answers = defaultdict(list)
-        for row in by_condition.get(name, []):
+        for row in rows:
             answers[row["sample_id"]].append(row)
         em.append({sample: mean(rows, "em") for sample, rows in answers.items()})
     counts = Counter((em[0][sample], em[1][sample]) for sample in em[0].keys() & em[1].keys())
@@ -235,8 +235,8 @@ def arm_report(model, arm, runs, settings):
         for table, cells in part_tables(by_condition, level, settings).items():
             for name, cell in cells.items():
                 entry[table].setdefault(name, {}).setdefault(str(level), {})[lang] = cell
-        if level == 3 and b_vs_d(by_condition):
-            entry["b_vs_d"][lang] = b_vs_d(by_condition)
+        if level == 3 and (counted := b_vs_d(by_condition)):
+            entry["b_vs_d"][lang] = counted
     return entry
 
 

@@ -27,7 +27,7 @@ import fault_hub
 import fault_processes
 from fault_kit import Fault, Kit, NotHere
 from hardware import hardware
-from manifests import UserError, provenance, run_script, utc, write_json
+from manifests import chosen, provenance, run_script, utc, write_json
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the table and where it was made (default: it is only printed)")
     parser.add_argument("--list", action="store_true", help="print the rows and end")
     arguments = parser.parse_args()
-    arguments.only = list(dict.fromkeys(arguments.only.split(",")))
-    for name in arguments.only:
-        if name not in ROWS:
-            raise UserError(f"--only {name}: unknown; use some of {','.join(ROWS)}")
+    arguments.only = chosen("--only", arguments.only, ROWS)
     return arguments
 
 

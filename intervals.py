@@ -108,6 +108,15 @@ def em_interval(rows, settings):
     return interval(pooled, sums_per_sample(rows, samples), settings)
 
 
+def of_shared_seeds(by_condition):
+    """({condition: its rows of the seeds that every condition ran on}, those seeds, whether a condition ran on others too): seeds differ, so only
+    whole ones compare."""
+    seeds = {name: {row["seed"] for row in rows} for name, rows in by_condition.items()}
+    shared = set.intersection(*seeds.values()) if seeds else set()
+    kept = {name: [row for row in rows if row["seed"] in shared] for name, rows in by_condition.items()}
+    return kept, shared, any(found - shared for found in seeds.values())
+
+
 def ratio_cell(ratio, by_condition, settings):
     """One ratio on the probes that all its conditions answered; by_condition maps a condition to its rows.
 
@@ -120,11 +129,9 @@ def ratio_cell(ratio, by_condition, settings):
     used = list(dict.fromkeys(used))
     if not set(ratio.needed) <= set(used) or (ratio.any_of and not set(ratio.any_of) & set(used)):
         return None
-    asked = [name for name in used if name not in MEMORYLESS]  # what a seed's own memory answered: seeds differ, so only whole ones compare
-    seeds = {name: {row["seed"] for row in by_condition[name]} for name in asked}
-    shared_seeds = set.intersection(*seeds.values()) if seeds else set()
-    dropped = any(found - shared_seeds for found in seeds.values())
-    by_condition |= {name: [row for row in by_condition[name] if row["seed"] in shared_seeds] for name in asked}
+    asked = [name for name in used if name not in MEMORYLESS]  # what a seed's own memory answered
+    own, shared_seeds, dropped = of_shared_seeds({name: by_condition[name] for name in asked})
+    by_condition |= own
     keys = {name: {probe_key(row) for row in by_condition[name]} for name in used}
     common = set.intersection(*keys.values())
     if len(common) < ratio.least:

@@ -43,6 +43,15 @@ def run_script(main) -> None:
         sys.exit(2)
 
 
+def chosen(option: str, text: str, known) -> list[str]:
+    """The names in a comma-separated option, each once; UserError for one that is not among the known."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option} {name}: unknown; use some of {','.join(known)}")
+    return names
+
+
 def file_sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,8 +80,11 @@ class Group:
             for grad, whole in zip(grads, flat.split([grad.numel() for grad in grads])):
                 grad.copy_(whole.view_as(grad))
 
-    def agree(self, value) -> bool:
-        """Whether every process has the leader's value."""
+    def agree(self, make: Callable) -> bool:
+        """Whether make() gives every process what it gives the leader; it is not called where there is one process."""
+        if self.size == 1:
+            return True
+        value = make()
         return not self.sum(torch.tensor([float(self.once(lambda: value) != value)]))
 
     def wait(self) -> None:

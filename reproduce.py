@@ -22,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manifests import UserError, run_script
+from manifests import UserError, chosen, run_script
 from training_state import STATE
 
 HERE = Path(__file__).parent
@@ -229,7 +229,7 @@ class Runner:
                                            start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": slot})
                 self.running.add(process)
                 if self.stopped:  # it was begun while all others were being stopped
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
                 code = process.wait()
                 self.running.discard(process)
             if code:
@@ -238,10 +238,11 @@ class Runner:
         return "done"
 
     def stop(self, *_) -> None:
-        """Ask every command to keep what it has and end; the tasks after them then end as failed."""
+        """Ask every command to keep what it has and end; the tasks after them then end as failed. SIGTERM: what a shell puts in the background
+        ignores SIGINT, and so does all that it starts."""
         self.stopped = True
         for process in list(self.running):
-            process.send_signal(signal.SIGINT)
+            process.terminate()
 
 
 def visible_gpus() -> list[str]:
@@ -262,10 +263,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="reproduced", type=Path, help="where checkpoints/, results/ and logs/ lie (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print what there is to do, command by command, and end")
     arguments = parser.parse_args()
-    arguments.only = list(dict.fromkeys(arguments.only.split(",")))
-    for name in arguments.only:
-        if name not in ARMS:
-            raise UserError(f"--only {name}: unknown; use some of {','.join(ARMS)}")
+    arguments.only = chosen("--only", arguments.only, ARMS)
     arguments.slots = arguments.gpus.split(",") if arguments.gpus else visible_gpus()
     return arguments
 

@@ -355,7 +355,7 @@ def train_arm(group: Group) -> None:
         wrong = too_large(trained)
         if wrong:  # before the state, which a resumed run would go on from
             raise Diverged(f"{wrong} does not fit float16 (inf or NaN after rounding) after update {update}")
-        if not group.agree(tensors_digest(trained)):
+        if not group.agree(lambda: tensors_digest(trained)):
             raise RuntimeError("the processes no longer train the same adapter; nothing more was saved")
         if not group.leads:
             return

@@ -291,6 +291,16 @@ def test_figures_are_written_and_not_blank(drawn, langs, arms):
         assert_drawn(drawn / "results/figures" / name)
 
 
+def test_b_vs_d_counts_only_the_seeds_that_were_asked_both(root):
+    make_run(root, "both", make_rows(0, ["en"], {"B_memory": 0.6, "D_distractor": 0.4}), conditions=["B_memory", "D_distractor"])
+    assert score("--quiet") == 0
+    alone = report_of(root)["arms"][0]["b_vs_d"]
+    make_run(root, "only-b", make_rows(1, ["en"], {"B_memory": 0.0}), conditions=["B_memory"], seed=1)
+    assert score("--quiet") == 0
+    (arm,) = report_of(root)["arms"]
+    assert arm["seeds"] == [0, 1] and arm["b_vs_d"] == alone and sum(count for *_, count in alone["en"]) == 4
+
+
 def test_a_cut_memory_is_drawn_by_its_bytes_beside_the_kv_cache(root):
     rows = make_rows(0, ["en"], {"B_memory": 0.9, "B_rank_16": 0.6, "B_rank_4": 0.1})
     sizes = {"B_memory": 5000, "B_rank_16": 3000, "B_rank_4": 800}

@@ -1,6 +1,7 @@
 """reproduce.py: what it would run, in which order, on which GPU, and what a failure or a stop leaves behind."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -47,7 +48,8 @@ def test_each_gpu_runs_one_task_at_a_time_and_all_are_used(scripts):
     assert set(used) == {"4", "7"}
 
 
-def test_a_stop_ends_what_runs_and_begins_nothing_more(scripts):
+def test_a_stop_ends_what_runs_and_begins_nothing_more_also_in_the_background(scripts):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for `reproduce.py &`
     runner, begun = Runner(["0"], scripts), scripts / "begun"
     tasks = [Task("one", [["hang.py", str(begun)], ["end.py", "0"]]), Task("two", [["end.py", "0"]])]
     ended = {}
@@ -57,6 +59,7 @@ def test_a_stop_ends_what_runs_and_begins_nothing_more(scripts):
         time.sleep(0.02)
     runner.stop()
     thread.join(60)
+    signal.signal(signal.SIGINT, before)
     assert ended["one"].startswith("hang.py ended with") and ended["two"] == "stopped before it ended"
 
 
