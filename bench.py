@@ -28,7 +28,7 @@ from decoding import SEGMENT, answers_to, heard, kv_bytes_per_token, prefill, wr
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
-from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
+from model_utils import Loaded, find_row, fuse_norms, load_adapter, load_model, pick_device
 from objectives import lm_step, recall_step
 from operations import BaseCost, MemoryCost
 from public_way import CHUNK, NEW, PROMPT, TEXT, TRAINED, PublicWay
@@ -103,6 +103,19 @@ class Bench:
         for index, worth_BS in zip(sorted(ttt.config.layers), writer.slots.worth):
             fast = ttt.fast[str(index)]
             fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_BS.flatten().quantile(1 - self.slots)
+
+    def update(self, ttt, step: Callable) -> Callable:
+        """Forward and backward of a step, with the base's norms as train_minimal.py has them, and only for so long: the other ways keep theirs."""
+        def call():
+            plain = fuse_norms(self.model)
+            try:
+                step().loss.backward()
+            finally:
+                for name, norm in plain.items():
+                    self.model.get_decoder().set_submodule(name, norm)
+            ttt.zero_grad(set_to_none=True)
+
+        return call
 
     def memory_cost(self, ttt) -> MemoryCost:
         return MemoryCost(ttt.config, *ttt.down_proj(ttt.config.layers[0]).weight.shape)
@@ -263,7 +276,7 @@ def train(bench: Bench) -> None:
     config, device, cost = replace(bench.loaded.row.plain, chunk=CHUNK), bench.device, bench.cost
     with bench.attached(config) as ttt:
         rows, public, first = bench.rows(1, TRAINED), PublicWay(bench.model, config.layers), min(config.layers)
-        step = lambda rows: lambda: (lm_step(bench.loaded, ttt, rows, device).loss.backward(), ttt.zero_grad(set_to_none=True))
+        step = lambda rows: bench.update(ttt, lambda: lm_step(bench.loaded, ttt, rows, device))
         base = cost.forward(TRAINED, predicted=TRAINED) + cost.backward(TRAINED, predicted=TRAINED, first=first)
         work = base + 3 * bench.memory_cost(ttt).write_chunks(TRAINED)
         ways = {"base, forward alone": Way(torch.inference_mode()(lambda: prefill(bench.model, rows, bench.pad)), 1, cost.forward(TRAINED)),
@@ -282,7 +295,7 @@ def train_answers(bench: Bench, ttt, asked: int = 2, head: int = 60, question: i
     work = (cost.forward(TEXT, predicted=0, layers=max(ttt.config.layers) + 1) + both(head, 0, 0) + asked * both(tail, head, answered)
             + 3 * (memory.write(TEXT, slots) + memory.read(head, slots) + asked * memory.read(tail, slots)))
     example = lambda: Example(bench.rows(1, TEXT)[0], bench.rows(1, head)[0], [(bench.rows(1, question)[0], bench.rows(1, answered)[0]) for _ in range(asked)])
-    step = lambda rows: lambda: (recall_step(bench.loaded, ttt, Batch(rows), bench.device).loss.backward(), ttt.zero_grad(set_to_none=True))
+    step = lambda rows: bench.update(ttt, lambda: recall_step(bench.loaded, ttt, Batch(rows), bench.device))
     ways = {f"memory, {n} at once": Way(step([example() for _ in range(n)]), n, work) for n in bench.sizes.batches}
     bench.compare("train", f"answers, {TEXT} tokens and {asked} questions", ways, TEXT + head + asked * tail)
 

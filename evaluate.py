@@ -247,10 +247,11 @@ def facts_of(path):
 
 
 def unscored(scored):
-    """{model: parameters} of the bases that were run at full size with random weights alone (exercise.py), smallest first."""
-    mend = "run exercise.py again, or remove the file"
-    runs = [parse_object(read_text(path, mend), path, {"model": (str,), "parameters": (int,)}, mend) for path in sorted(Path("results/exercise").glob("*.json"))]
-    return {run["model"]: run["parameters"] for run in sorted(runs, key=lambda run: run["parameters"]) if run["model"] not in scored}
+    """{model: parameters} of the bases that were run at full size with random weights alone (bench.py), smallest first."""
+    mend = "run bench.py again, or remove the file"
+    fields = {"model": (str,), "parameters": (int,), "weights": (str,)}
+    runs = [parse_object(read_text(path, mend), path, fields, mend) for path in sorted(Path("results/bench").glob("*.json"))]
+    return {run["model"]: run["parameters"] for run in sorted(runs, key=lambda run: run["parameters"]) if run["weights"] == "random" and run["model"] not in scored}
 
 
 def build_report(runs, settings):

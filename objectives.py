@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftModel
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
 
 from decoding import attention_kinds, lowest, sliding_window
 from in_place_ttt import InPlaceTTT
@@ -29,6 +30,7 @@ from update_parts import Part
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 WORTHY = 2.0        # weight of a token worth writing beside one that is not: a fact that is not written costs more than a slot
+LOGITS = 2 ** 26    # of next tokens at a time: a quarter of a gigabyte in float32
 NULL = 0.4          # what a query must meet better than to be no query for nothing
 AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights beside the answers' loss (DECISIONS.md)
 
@@ -175,11 +177,23 @@ def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device, par
         writer.expect(mask)
         hidden = loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted_BL = (mask[:, :-1] & mask[:, 1:]).bool()
-    logits = loaded.model.get_output_embeddings()(hidden[:, :-1][wanted_BL]).float()
-    wanted = ids[:, 1:][wanted_BL]
+    wanted_M = ids[:, 1:][wanted_BL]
+    loss, right = next_token_loss(loaded.model.get_output_embeddings(), hidden[:, :-1][wanted_BL], wanted_M)
     with torch.no_grad():
         memory = writer.memory()
-    return Step(part.mean(cross_entropy(logits, wanted, reduction="sum"), wanted.numel()), wanted.numel(), (logits.argmax(-1) == wanted).sum(), ids.numel(), memory)
+    return Step(part.mean(loss, wanted_M.numel()), wanted_M.numel(), right, ids.numel(), memory)
+
+
+def next_token_loss(head, hidden_MD: torch.Tensor, wanted_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy of all M tokens, summed; how many the argmax got right). Logits are made for so many tokens at a time that LOGITS numbers
+    hold them, and once more in the backward pass: all at once, they and their gradients are the largest thing that a training step holds."""
+    def some(hidden, wanted):
+        logits = head(hidden).float()
+        return cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
+
+    at_once = max(1, LOGITS // head.weight.shape[0])
+    parts = [checkpoint(some, *pair, use_reentrant=False) for pair in zip(hidden_MD.split(at_once), wanted_M.split(at_once))]
+    return tuple(map(sum, zip(*parts)))
 
 
 def context_step(loaded: Loaded, ttt: None, batch: Batch, device, part: Part = Part()) -> Step:

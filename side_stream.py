@@ -85,8 +85,8 @@ class LongBias:
     make: Callable[[slice], torch.Tensor]
 
     def attention(self, q_BHSE, k_BHSE, v_BHSE) -> torch.Tensor:
-        """As `attention` with the whole bias: fused on a GPU, else by rows."""
-        if q_BHSE.is_cuda and not FUSED.failed:
+        """As `attention` with the whole bias: fused on a GPU where no row has pads between its tokens, else by rows."""
+        if q_BHSE.is_cuda and not FUSED.failed and self.spans is not None:
             return FUSED(self, q_BHSE, k_BHSE, v_BHSE)
         return self.by_rows(q_BHSE, k_BHSE, v_BHSE)
 
@@ -100,23 +100,37 @@ class LongBias:
         return flex(q_BHSE, k_BHSE, v_BHSE, score_mod=falling, block_mask=blocks)
 
     @functools.cached_property
+    def spans(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Column of each row's first token and the one behind its last, [B]; None where a row has pads in between (or no token at all)."""
+        columns_S = torch.arange(self.real.shape[1], device=self.real.device)
+        first_B = torch.where(self.real, columns_S, len(columns_S)).amin(1)
+        behind_B = torch.where(self.real, columns_S + 1, 0).amax(1)
+        return (first_B, behind_B) if torch.equal(behind_B - first_B, self.real.sum(1)) else None
+
+    @functools.cached_property
     def _for_flex(self) -> tuple[Callable, BlockMask]:
-        """(the bias of a pair, which pairs there are), made once for all layers. A block of queries looks at the blocks of keys up to its own,
-        in a head that also looks ahead at all of them."""
-        position_BS, real_BS, slopes_H = self.position, self.real, slopes(self.heads, self.dtype, self.real.device)
+        """(the bias of a pair, which pairs there are), made once for all layers. Tokens side by side are as far apart as their columns, so
+        nothing is looked up for a pair, and within most blocks nothing is left out."""
+        (first_B, behind_B), slopes_H = self.spans, slopes(self.heads, self.dtype, self.real.device)
 
         def falling(score, b, h, i, j):
-            return score - slopes_H[h] * (position_BS[b, j] - position_BS[b, i]).abs()
+            return score - slopes_H[h] * (j - i).abs()
 
         def allowed(b, h, i, j):
-            return ((real_BS[b, i] & real_BS[b, j]) | (i == j)) & ((h % 2 == 0) | (position_BS[b, j] <= position_BS[b, i]))
+            both = (torch.minimum(i, j) >= first_B[b]) & (torch.maximum(i, j) < behind_B[b])
+            return (both | (i == j)) & ((h % 2 == 0) | (j <= i))
 
-        length = real_BS.shape[1]
-        count = -(-length // BLOCK)
-        block_N = torch.arange(count, dtype=torch.int32, device=real_BS.device)
-        looks_at_HN = torch.stack([block_N + 1 if head % 2 else torch.full_like(block_N, count) for head in range(self.heads)])
-        which_HNN = block_N.expand(self.heads, count, count).contiguous()
-        return falling, BlockMask.from_kv_blocks(looks_at_HN[None], which_HNN[None], BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length))
+        length = self.real.shape[1]
+        begin_N = torch.arange(0, length, BLOCK, device=first_B.device)
+        some_BN = (begin_N + BLOCK > first_B[:, None]) & (begin_N < behind_B[:, None])
+        all_BN = (begin_N >= first_B[:, None]) & (begin_N + BLOCK <= behind_B[:, None])
+        ahead_NN, same_NN = begin_N[None, :] > begin_N[:, None], begin_N[None, :] == begin_N[:, None]
+        looks_ahead_HNN = (torch.arange(self.heads, device=first_B.device) % 2 == 0)[:, None, None]
+        pairs = lambda which_BN: (which_BN[:, :, None] & which_BN[:, None, :])[:, None]
+        full_BHNN = pairs(all_BN) & (looks_ahead_HNN | ~(ahead_NN | same_NN))
+        part_BHNN = (pairs(some_BN) | same_NN) & (looks_ahead_HNN | ~ahead_NN) & ~full_BHNN
+        listed = lambda t: (t.sum(-1, dtype=torch.int32), t.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32))
+        return falling, BlockMask.from_kv_blocks(*listed(part_BHNN), *listed(full_BHNN), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length))
 
 
 class Fused:

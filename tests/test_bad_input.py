@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_run_experiment import kit, save_fast_weights, save_tiny  # noqa: F401 (kit is a fixture)
 
+import bench
 import evaluate
-import exercise
 import gguf_packages
 import prompts
 import run_experiment
@@ -18,7 +18,7 @@ import train_minimal
 from manifests import run_script
 from model_utils import MODELS
 
-SCRIPTS = {"run_experiment.py": run_experiment, "train_minimal.py": train_minimal, "exercise.py": exercise}
+SCRIPTS = {"run_experiment.py": run_experiment, "train_minimal.py": train_minimal, "bench.py": bench}
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def training(*more, model="tiny-llama"):
 
 # ---- the model ----
 
-@pytest.mark.parametrize("argv", [["run_experiment.py"], ["train_minimal.py"], ["exercise.py"]], ids=lambda argv: argv[0])
+@pytest.mark.parametrize("argv", [["run_experiment.py"], ["train_minimal.py"]], ids=lambda argv: argv[0])
 def test_an_unknown_model(argv, refused):
     refused([*argv, "--model", "smollm3"], "smollm3", "unknown", "smollm2-135m", "hub id")
 
@@ -107,7 +107,7 @@ def test_a_full_disk_under_the_cache(refused, kit, monkeypatch, tmp_path):  # no
     assert not any((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("argv", [["run_experiment.py"], ["train_minimal.py"], ["exercise.py"]], ids=lambda argv: argv[0])
+@pytest.mark.parametrize("argv", [["run_experiment.py"], ["train_minimal.py"]], ids=lambda argv: argv[0])
 def test_a_gpu_that_is_not_there(argv, refused, kit, monkeypatch):  # noqa: F811
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     more = ["--conditions", "C_nothing", "--benchmark", kit.benchmark] if argv[0] == "run_experiment.py" else []
@@ -116,7 +116,7 @@ def test_a_gpu_that_is_not_there(argv, refused, kit, monkeypatch):  # noqa: F811
 
 def test_the_architecture_of_a_model_that_has_none_in_the_table(refused):
     assert MODELS["smollm2-135m"].config is None
-    refused(["exercise.py", "--model", "smollm2-135m"], "smollm2-135m", "architecture")
+    refused(["bench.py", "--model", "smollm2-135m", "--weights", "random"], "smollm2-135m", "architecture")
 
 
 # ---- the benchmark ----
@@ -263,12 +263,10 @@ def test_wrong_options_of_training(more, refused):
 
 # ---- where results go ----
 
-@pytest.mark.parametrize("argv", [["run_experiment.py", "--conditions", "C_nothing", "--lang", "en"], ["train_minimal.py", "--updates", "1", "--workers", "0"],
-                                  ["exercise.py"]], ids=lambda argv: argv[0])
-def test_results_under_a_file(argv, refused, kit, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("argv", [["run_experiment.py", "--conditions", "C_nothing", "--lang", "en"], ["train_minimal.py", "--updates", "1", "--workers", "0"]], ids=lambda argv: argv[0])
+def test_results_under_a_file(argv, refused, kit, tmp_path):  # noqa: F811
     """Found out before the work, not after it."""
     (tmp_path / "out").write_text("not a folder")
-    monkeypatch.setattr(exercise, "stages", lambda *a: pytest.fail("the work began"))
     if argv[0] == "run_experiment.py":
         argv = [*argv, "--benchmark", kit.benchmark]
     refused([*argv, "--model", "tiny-llama"], tmp_path / "out")

@@ -369,9 +369,9 @@ def test_training_and_size_have_their_figures(drawn):
     make_run(drawn, "a-at-100", make_rows(1, ["en"]), arm="a-at-100", snapshot_of="a", conversations_seen=100, base_parameters=10 ** 8, **small)
     make_run(drawn, "b", make_rows(2, ["en"], {"B_memory": 0.5, "A_context": 0.9}), arm="b", **large)  # of before the size was kept
     make_run(drawn, "c", make_rows(3, ["en"], {"C_nothing": 0.1}), arm="c", base_parameters=5 * 10 ** 8, **large)
-    (drawn / "results/exercise").mkdir()
-    for name, parameters in (("huge", 8 * 10 ** 9), ("large", 9 * 10 ** 9)):  # large has scores by now
-        (drawn / f"results/exercise/{name}.json").write_text(json.dumps({"model": name, "parameters": parameters, "scored": False}))
+    (drawn / "results/bench").mkdir()
+    for name, parameters, weights in (("huge", 8 * 10 ** 9, "random"), ("large", 9 * 10 ** 9, "random"), ("timed", 10 ** 9, "real")):  # large has scores by now
+        (drawn / f"results/bench/{name}.json").write_text(json.dumps({"model": name, "parameters": parameters, "weights": weights}))
     assert score("--quiet") == 0
     for name in ("em_by_training", "kept_by_size"):
         assert_drawn(drawn / f"results/figures/{name}.png")

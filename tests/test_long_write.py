@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, batch_of, run, tiny, token_rows
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 import decoding
 import fast_weight
@@ -79,9 +79,17 @@ def test_the_fused_attention_gathers_what_the_one_by_rows_does(lengths):
     long = side_stream.LongBias(held.position, held.real, 4, 37, torch.float32, lambda rows: fast_weight.write_bias(held, ttt_config, rows))
     torch.testing.assert_close(long.by_rows(q, k, v), whole, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(long.fused(flex_attention, q, k, v), whole, atol=1e-6, rtol=1e-5)
-    blocks, last = long._for_flex[1], -(-max(lengths) // side_stream.BLOCK)
-    assert blocks.kv_num_blocks[0, 0].tolist() == [last] * last and blocks.kv_num_blocks[0, 1].tolist() == list(range(1, last + 1))
-    assert all(blocks.kv_indices[0, head, row, :n].tolist() == list(range(n)) for head in range(4) for row, n in enumerate(blocks.kv_num_blocks[0, head].tolist()))
+    blocks, length = long._for_flex[1], max(lengths)
+    pairs = torch.nn.functional.pad(create_mask(blocks.mask_mod, len(lengths), 4, length, length, device="cpu"), (0, -length % side_stream.BLOCK, 0, -length % side_stream.BLOCK))
+    pairs = pairs.unflatten(3, (-1, side_stream.BLOCK)).unflatten(2, (-1, side_stream.BLOCK)).transpose(3, 4).flatten(4)
+    full = BlockMask.from_kv_blocks(blocks.full_kv_num_blocks, blocks.full_kv_indices, BLOCK_SIZE=side_stream.BLOCK).to_dense().bool()
+    assert torch.equal(blocks.to_dense().bool(), pairs.any(-1)) and torch.equal(full, pairs.all(-1))  # uncompiled, the blocks are not looked at
+
+
+def test_a_row_with_pads_between_its_tokens_has_no_span():
+    spans = lambda rows: side_stream.LongBias(None, torch.tensor(rows).bool(), 1, 1, torch.float32, None).spans
+    assert [t.tolist() for t in spans([[0, 1, 1, 0], [1, 1, 1, 1]])] == [[1, 0], [3, 4]]
+    assert spans([[1, 0, 1, 1], [1, 1, 1, 1]]) is None and spans([[0, 0, 0, 0]]) is None
 
 
 def test_fused_and_by_rows_are_the_same_memory(attach, monkeypatch):

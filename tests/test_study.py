@@ -130,6 +130,24 @@ def test_the_gradient_of_each_part_is_the_slope_of_the_loss(name, parameter, att
     assert len(parts) == 2 and square > 1e-12 and slope == pytest.approx(square, rel=0.02)
 
 
+def test_the_loss_in_pieces_is_the_loss_at_once(monkeypatch):
+    """The same loss, right answers and gradient, with no more logits alive than one piece has."""
+    head = torch.nn.Linear(8, 50, bias=False).double().requires_grad_(False)
+    hidden, wanted, seen = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randint(0, 50, (23,)), []
+    logits = head(hidden)
+    whole = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    gradient, = torch.autograd.grad(whole, hidden)
+    head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    monkeypatch.setattr(objectives, "LOGITS", 7 * 50)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss, right = objectives.next_token_loss(head, hidden, wanted)
+    assert right == (logits.argmax(-1) == wanted).sum() and kept and not any(shape[-1:] == (50,) and shape[0] <= 23 for shape in kept)
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], gradient, rtol=1e-5, atol=1e-7)
+    assert sorted(seen) == [2] * 2 + [7] * 6
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_arm_with_w_down_is_trained_kept_and_loaded(name, tmp_path, call, texts):
     """From the paper's start conv moves first, and P as soon as conv is not 0. Nothing of the base itself changes, W_down neither."""

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from conftest import FAMILIES, hear_ctrl_c, strengthen, tiny, token_rows
 
 import arms
-import exercise
 import in_place_ttt
 import model_utils
 import objectives
@@ -793,16 +792,3 @@ def test_the_ceiling_is_trained_on_the_same_data_and_to_where_it_stops_falling(m
     eighth = len(losses) // 8
     first, late, last = (sum(losses[i * eighth:(i + 1) * eighth]) / eighth for i in (0, 5, 7))
     assert late - last < 0.06 * (first - last) and last < 0.2 * first
-
-
-# ---- random weights at full size ----
-
-def test_exercise_says_what_each_stage_costs_and_scores_nothing(tmp_path, monkeypatch, capsys):
-    for name, value in (("CONVERSATIONS", 8), ("TEXT_TOKENS", 20), ("PROBES", 2), ("NEW_TOKENS", 3)):
-        monkeypatch.setattr(exercise, name, value)
-    monkeypatch.setattr(sys, "argv", ["exercise.py", "--model", "tiny-qwen3", "--device", "cpu", "--out", str(tmp_path)])
-    exercise.main()
-    report = json.loads((tmp_path / "tiny-qwen3.json").read_text(encoding="utf-8"))
-    assert report["scored"] is False and report["weights"] == "random" and "not scored" in capsys.readouterr().out
-    assert len(report["stages"]) == 4 and all(stage["seconds"] >= 0 for stage in report["stages"])
-    assert report["bytes_per_memory"] > 0 and report["ttt"]["layers"] == [1, 2]
