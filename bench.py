@@ -316,12 +316,12 @@ def read(bench: Bench) -> None:
 
 
 def sizes_of_memory(bench: Bench) -> None:
-    """Bytes of one conversation's memory, whole and cut to a rank, beside its KV cache and the public way's dense matrices. Of shapes alone: what
-    a rank keeps of the answers is the condition B_rank of run_experiment.py."""
+    """Bytes of one conversation's memory, whole, in half precision and cut to a rank, beside its KV cache and the public way's dense matrices. Of shapes alone: what
+    of the answers is kept are the conditions B_half and B_rank of run_experiment.py."""
     with bench.attached() as ttt:
         memory = written(bench, ttt, bench.rows(1, TEXT))
         layer = bench.model.get_decoder().layers[ttt.config.layers[0]].mlp.base.down_proj.weight
-        found = {"memory": int(memory.row_nbytes()[0])} | {f"memory, rank {rank}": memory.compact(rank).nbytes() for rank in bench.sizes.ranks}
+        found = {"memory": int(memory.row_nbytes()[0]), "memory, half": int(memory.half().row_nbytes()[0])} | {f"memory, rank {rank}": memory.compact(rank).nbytes() for rank in bench.sizes.ranks}
         found |= {"KV cache": TEXT * kv_bytes_per_token(bench.model), "public, dense": len(ttt.config.layers) * layer.nbytes}
     bench.facts["bytes"] = found
     for what, size in found.items():

@@ -36,6 +36,7 @@ class Condition:
     tuned: bool = False            # answered by the base with the LoRA that was trained to read in context
     distractor_tokens: int | None = None  # of the distractor only so many tokens; None: all
     rank: int | None = None        # each layer's update is cut to its best approximation of this rank; None: not cut
+    half: bool = False             # kept in half precision
     scale: float = 1.0             # the update, or the noise of its norm, times this
 
 
@@ -55,6 +56,7 @@ CONDITIONS = {c.name: c for c in (
     Condition("A_foreign", (1, 2, 3), written="swapped", shown="conversation"),
     *(Condition(f"D_{n}", (3,), written="distractor", distractor_tokens=n) for n in (512, 1024, 2048)),
     *(Condition(f"B_rank_{k}", (1,), written="conversation", rank=k) for k in (1, 4, 16, 64)),
+    Condition("B_half", (1,), written="conversation", half=True),
     *(Condition(f"{name}_scale_{factor}", (1,), written=written, scale=float(factor))
       for name, written in (("B", "conversation"), ("N", "noise")) for factor in SCALES),
 )}
@@ -177,6 +179,8 @@ def write_memory(loaded: Loaded, ttt: InPlaceTTT, job: Job, texts: Texts) -> Mem
         memory, _ = write_rows(loaded.model, ttt, list(turn), loaded.tokenizer.pad_token_id, memory, dropped=True)
     if job.condition.rank is not None:
         memory = memory.compact(job.condition.rank)
+    if job.condition.half:
+        memory = memory.half()
     if job.condition.written == "noise":
         seeds = [zlib.crc32(sample["sample_id"].encode()) for sample in job.samples]  # a sample's noise is its own in any batch
         memory = Memory.stack([memory.select([i]).noise_like(torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])

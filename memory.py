@@ -67,10 +67,11 @@ def times(key_BSK: torch.Tensor, factor_BS: torch.Tensor, sizes: tuple[int, int]
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64).
+    """One layer's update for B rows: either `keys` and `values`, or `update`. Values and updates are float32 (or float64); kept in half
+    precision (half) they are read in float32.
 
     trust: of values that ridge solved for, w_i / lambda of each slot, 0 of an empty one. It is what a later text needs to solve
-    for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut, a scaled or a dense form of a memory has lost it.
+    for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut, a scaled, a half or a dense form of a memory has lost it.
     sizes: (A, F / A) where queries are codes; keys then are codes too, or at full width after a cut to a rank.
     """
 
@@ -132,22 +133,31 @@ class LayerMemory:
         """
         if query_NLF.shape[0] % self.batch:
             raise ValueError(f"a memory of {self.batch} rows cannot serve a batch of {query_NLF.shape[0]}; use memory.select(rows)")
-        query_BMF = query_NLF.reshape(self.batch, -1, query_NLF.shape[2])
+        query_BMF, wide = query_NLF.reshape(self.batch, -1, query_NLF.shape[2]), self.ready()
         if self.is_dense:
-            out_BMD = expand(query_BMF, self.sizes).to(self.update.dtype) @ self.update.transpose(1, 2)
-        else:
-            keys = self.ready().keys  # a dense update that was compacted has keys of the update's dtype
-            out_BMD = meets(query_BMF.to(keys.dtype), keys, self.sizes).to(self.values.dtype) @ self.values
+            out_BMD = expand(query_BMF, self.sizes).to(wide.update.dtype) @ wide.update.transpose(1, 2)
+        else:  # a dense update that was compacted has keys of the update's dtype
+            out_BMD = meets(query_BMF.to(wide.keys.dtype), wide.keys, self.sizes).to(wide.values.dtype) @ wide.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
 
     def ready(self) -> "LayerMemory":
-        """The same memory as it is read over and over: codes are few numbers, so they meet in float32, and are cast once for all calls."""
-        return self if self.is_dense or not self.sizes or self.keys.dtype == self.values.dtype else replace(self, keys=self.keys.to(self.values.dtype))
+        """The same memory as it is read over and over, cast once for all calls: codes are few numbers, so they meet in float32, and what is kept
+        in half precision is read in float32."""
+        kept = self.update if self.is_dense else self.values
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        if kept.dtype != wide:
+            return self.map(lambda t: t.to(wide))
+        return self if self.is_dense or not self.sizes or self.keys.dtype == wide else replace(self, keys=self.keys.to(wide))
+
+    def half(self) -> "LayerMemory":
+        """Every number rounded to bfloat16 and kept in it, half the bytes of float32."""
+        return replace(self, trust=None).map(lambda t: t.to(torch.bfloat16))
 
     def to_dense(self) -> "LayerMemory":
         if self.is_dense:
             return self
-        return LayerMemory.dense(self.values.transpose(1, 2) @ self.full_keys().to(self.values.dtype), self.sizes)
+        wide = self.ready()
+        return LayerMemory.dense(wide.values.transpose(1, 2) @ wide.full_keys().to(wide.values.dtype), self.sizes)
 
     def smaller_form(self) -> "LayerMemory":
         """Dense once S slots cost more numbers than the D x F update does; factored before, and while it knows its targets: what is
@@ -159,10 +169,11 @@ class LayerMemory:
 
     def plus(self, other: "LayerMemory") -> "LayerMemory":
         """The sum of two updates, row by row."""
-        if self.is_dense or other.is_dense:
-            return LayerMemory.dense(self.to_dense().update + other.to_dense().update, self.sizes)
-        keys = (self.keys, other.keys) if self.keys.shape[2] == other.keys.shape[2] else (self.full_keys(), other.full_keys())
-        return LayerMemory.factored(torch.cat(keys, 1), torch.cat([self.values, other.values], 1), sizes=self.sizes)
+        one, two = self.ready(), other.ready()
+        if one.is_dense or two.is_dense:
+            return LayerMemory.dense(one.to_dense().update + two.to_dense().update, self.sizes)
+        keys = (one.keys, two.keys) if one.keys.shape[2] == two.keys.shape[2] else (one.full_keys(), two.full_keys())
+        return LayerMemory.factored(torch.cat(keys, 1), torch.cat([one.values, two.values], 1), sizes=self.sizes)
 
     def targets(self) -> torch.Tensor:
         """What the slots were solved for, [B, S, D]; needs trust. Empty slots: what is read there."""
@@ -171,18 +182,20 @@ class LayerMemory:
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm of dW, [B], without building it when factored: |dW|^2 = sum_ij (v_i . v_j)(k_i . k_j)."""
+        wide = self.ready()
         if self.is_dense:
-            return self.update.flatten(1).norm(dim=1)
-        keys = self.keys.to(self.values.dtype)
-        square_B = (meets(keys, keys, self.sizes) * (self.values @ self.values.transpose(1, 2))).sum((1, 2))
+            return wide.update.flatten(1).norm(dim=1)
+        keys = wide.keys.to(wide.values.dtype)
+        square_B = (meets(keys, keys, self.sizes) * (wide.values @ wide.values.transpose(1, 2))).sum((1, 2))
         return square_B.clamp(min=0).sqrt()
 
     def compact(self, rank: int) -> "LayerMemory":
         """The best rank-`rank` update in Frobenius norm (truncated SVD), factored with `rank` slots."""
+        wide = self.ready()
         if self.is_dense or self.keys.shape[1] >= min(self.feed_forward, self.values.shape[2]):
-            left, scale, right = torch.linalg.svd(self.to_dense().update, full_matrices=False)
+            left, scale, right = torch.linalg.svd(wide.to_dense().update, full_matrices=False)
         else:  # few slots: dW = V^T K = Qv (Rv Rk^T) Qk^T, and the small middle has the same singular values
-            (basis_v, small_v), (basis_k, small_k) = (torch.linalg.qr(t.transpose(1, 2)) for t in (self.values, self.full_keys().to(self.values.dtype)))
+            (basis_v, small_v), (basis_k, small_k) = (torch.linalg.qr(t.transpose(1, 2)) for t in (wide.values, wide.full_keys().to(wide.values.dtype)))
             left, scale, right = torch.linalg.svd(small_v @ small_k.transpose(1, 2))
             left, right = basis_v @ left, right @ basis_k.transpose(1, 2)
         values_BRD = (left * scale.unsqueeze(1))[:, :, :rank].transpose(1, 2).contiguous()
@@ -237,6 +250,10 @@ class Memory:
         if rank < 1:
             raise ValueError(f"rank is {rank}; a compacted memory keeps 1 direction or more")
         return self._map(lambda layer: layer.compact(rank))
+
+    def half(self) -> "Memory":
+        """Kept in half precision (bfloat16): half the bytes."""
+        return self._map(LayerMemory.half)
 
     def scale(self, factor: float) -> "Memory":
         """The update times `factor`; counts stay."""

@@ -27,7 +27,7 @@ def draw_all(report, curves, folder):
     reasons = {"b_vs_d": "B_memory and D_distractor have no level-3 conversation in common",
                "em_by_condition": "every condition that ran is a point of a curve", "category_heatmap": "every condition that ran is a point of a curve",
                "em_by_position": "no prediction has a position",
-               "memory_curves": "no arm has two points of a curve (B_merged, D of several lengths, B_rank)",
+               "memory_curves": "no arm has two points of a curve (B_merged, D of several lengths, B_rank, B_half)",
                "em_by_scale": "no arm's memory was asked at two sizes (B_scale, N_scale)",
                "em_by_training": "no arm was asked at two points of its training (train_minimal.py --snapshots)",
                "kept_by_size": "no two bases have a share that memory keeps on level 1",
@@ -236,7 +236,7 @@ def memory_curves(report):
                                     for points in [curve_points(arm, lang, level, steps)] if len(points) > 1]) for what, level, steps in CURVES]
     what, level, steps, cut = panels[-1]  # the ranks, drawn once more against their bytes
     sized = [(arm, lang, {cell["memory_bytes"]: cell for cell in points.values() if cell["memory_bytes"]}) for arm, lang, points in cut]
-    panels.append(("bytes of one memory, cut to these ranks\n(dotted: KV cache of the same text)", level, None, [line for line in sized if len(line[2]) > 1]))
+    panels.append(("bytes of one memory, cut or in half precision\n(dotted: KV cache of the same text)", level, None, [line for line in sized if len(line[2]) > 1]))
     if report["benchmark"]["facts"]:  # what a conversation counts for
         what, level, steps, drawn = panels[0]
         panels[0] = (f"{what}\n(facts)", level, [(f"{label}\n({float(label) * report['benchmark']['facts']:.0f})", name) for label, name in steps], drawn)

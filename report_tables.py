@@ -26,6 +26,7 @@ MEANINGS = {
     "B_rank_4": "the same at rank 4",
     "B_rank_16": "the same at rank 16",
     "B_rank_64": "the same at rank 64",
+    "B_half": "EM with the memory kept in half precision (bfloat16)",
     **{f"B_scale_{factor}": f"EM with each layer's update times {factor}" for factor in SCALES},
     **{f"N_scale_{factor}": f"EM with a random update of {factor} times the memory's norm" for factor in SCALES},
     "memory_efficiency_ratio": "EM(B_memory) / max(EM(A_context), EM(A_tuned)): the share that memory keeps",

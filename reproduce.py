@@ -50,7 +50,7 @@ class Ask:
 
 
 SEED = (Ask("{}", ASKED),)
-FIRST = (*SEED, Ask("{}-more", MORE), Ask("natural/{}", "B_memory,B_swapped", BY_HAND))
+FIRST = (*SEED, Ask("{}-more", MORE), Ask("{}-half", "B_half"), Ask("natural/{}", "B_memory,B_swapped", BY_HAND))
 CEILING = (Ask("{}", "A_tuned"), Ask("natural/{}", "A_tuned", BY_HAND))
 BASE = (Ask("{}", "A_context,C_nothing,A_distractor"), Ask("natural/{}", "A_context,C_nothing", BY_HAND))
 

@@ -30,7 +30,7 @@ SCALES = ("0.01", "0.1", "0.3", "3", "10")  # what the update, or noise of its n
 # the lines of em_by_scale.png: what is scaled, and its conditions
 SCALED = (("memory", ("B_memory", *(f"B_scale_{factor}" for factor in SCALES))),
           ("random update of its norm", ("N_noise", *(f"N_scale_{factor}" for factor in SCALES))))
-ON_CURVES = ("D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64",  # in no figure but memory_curves.png and em_by_scale.png
+ON_CURVES = ("D_512", "D_1024", "D_2048", "B_rank_1", "B_rank_4", "B_rank_16", "B_rank_64", "B_half",  # in no figure but memory_curves.png and em_by_scale.png
              *(name for _, (_, *names) in SCALED for name in names))
 CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "B_swapped", "D_distractor",
               "B_merged_2", "B_merged_4", "B_merged_8", "P_paper", "N_noise", "A_foreign", *ON_CURVES)  # the order in tables and figures
@@ -38,8 +38,8 @@ CONDITIONS = ("A_context", "A_distractor", "A_tuned", "B_memory", "C_nothing", "
 CURVES = (("conversations in one memory", 1, (("1", "B_memory"), ("2", "B_merged_2"), ("4", "B_merged_4"), ("8", "B_merged_8"))),
           ("tokens of unrelated text written after", 3, (("0", "B_memory"), ("512", "D_512"), ("1,024", "D_1024"), ("2,048", "D_2048"),
                                                          ("all", "D_distractor"))),
-          ("rank kept of each layer's update", 1, (("1", "B_rank_1"), ("4", "B_rank_4"), ("16", "B_rank_16"), ("64", "B_rank_64"),
-                                                   ("all", "B_memory"))))
+          ("rank kept of each layer's update\n(half: all of it in half precision)", 1, (("1", "B_rank_1"), ("4", "B_rank_4"), ("16", "B_rank_16"), ("64", "B_rank_64"),
+                                                                                       ("half", "B_half"), ("all", "B_memory"))))
 
 MEMORYLESS = ("A_context", "A_distractor", "A_tuned", "C_nothing")  # answers that do not depend on the fast weights
 

@@ -248,6 +248,24 @@ def test_compacting_to_rank_one_leaves_the_other_singular_values():
         assert (torch.linalg.matrix_rank(update) == 1).all()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_memory_in_half_precision_takes_half_the_bytes_and_is_read_in_float32(dense, tmp_path):
+    """What it reads is what a float32 memory of the rounded numbers reads, bit for bit, also out of a file; sums of it are float32 again."""
+    memory = make(dense=dense)
+    half = memory.half()
+    rounded = dataclasses.replace(half, layers={i: layer.map(lambda t: t.float()) for i, layer in half.layers.items()})
+    half.save(tmp_path / "half.safetensors")
+    read_back = Memory.load(tmp_path / "half.safetensors")
+    assert torch.equal(2 * half.row_nbytes(), memory.row_nbytes()) and read_back.digest() == half.digest() != rounded.digest()
+    for i, layer in read_back.layers.items():
+        query = torch.randn(3, 5, F)
+        assert layer.read(query).dtype == torch.float32 and torch.equal(layer.read(query), rounded.layers[i].read(query))
+        assert not torch.equal(layer.read(query), memory.layers[i].read(query))
+    assert torch.equal(half.update_norm(), rounded.update_norm())
+    assert half.merge(memory).digest() == rounded.merge(memory).digest()
+    assert half.compact(2).layers[1].values.dtype == torch.float32
+
+
 def test_compacting_to_nothing_is_refused():
     with pytest.raises(ValueError, match="rank is 0"):
         make().compact(0)

@@ -80,9 +80,9 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     (tmp_path / "results" / "harm").mkdir()
     (tmp_path / "results" / "harm" / "qwen-deep-en.json").touch()
     after = questions(row, tmp_path)
-    assert len(before) == 4 and after == before[1:3]
+    assert len(before) == 5 and after == before[1:4]
     run.write_text(json.dumps({"complete": False, "conditions": reproduce.ASKED.split(",")}))
-    assert questions(row, tmp_path) == before[:3]
+    assert questions(row, tmp_path) == before[:4]
 
 
 def test_a_joint_arm_waits_for_its_start_or_says_what_is_missing(tmp_path):

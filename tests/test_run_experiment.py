@@ -218,7 +218,7 @@ def test_the_table_of_conditions_is_the_designs():
                 *(Condition(f"B_merged_{k}", (1,), "merged", merge=k) for k in (2, 4, 8)),
                 Condition("P_paper", (1, 2, 3), conversation, conversation, one_pass=True), Condition("N_noise", (1, 2), "noise"),
                 Condition("A_foreign", (1, 2, 3), "swapped", conversation), *(Condition(f"D_{n}", (3,), both, distractor_tokens=n) for n in (512, 1024, 2048)),
-                *(Condition(f"B_rank_{k}", (1,), conversation, rank=k) for k in (1, 4, 16, 64)),
+                *(Condition(f"B_rank_{k}", (1,), conversation, rank=k) for k in (1, 4, 16, 64)), Condition("B_half", (1,), conversation, half=True),
                 *(Condition(f"B_scale_{x:g}", (1,), conversation, scale=x) for x in (0.01, 0.1, 0.3, 3, 10)),
                 *(Condition(f"N_scale_{x:g}", (1,), "noise", scale=x) for x in (0.01, 0.1, 0.3, 3, 10))]
     assert list(CONDITIONS.values()) == expected and list(CONDITIONS) == [c.name for c in expected]
