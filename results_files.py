@@ -80,7 +80,7 @@ def only_run(out, group):
 def check_sums(folder, run):
     """The bytes of predictions.jsonl that are vouched for, None where the folder keeps no hash of them.
 
-    A finished run's run.json has the file's SHA-256. One under way has SUMS, in which a block's line stands before its rows do: a kill leaves
+    The run.json of a run that ended has the file's SHA-256. One under way has SUMS, in which a block's line stands before its rows do: a kill leaves
     rows that are cut, which are not counted. ResultsError for bytes that are not those that were written.
     """
     path, sums = folder / "predictions.jsonl", folder / SUMS
@@ -89,7 +89,7 @@ def check_sums(folder, run):
         rows = path.read_bytes()
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; {mend}") from None
-    if run.get("complete") and "rows_sha256" in run:
+    if "rows_sha256" in run:
         if hashlib.sha256(rows).hexdigest() != run["rows_sha256"]:
             raise ResultsError(f"{path}: cut short or changed (its SHA-256 is not that in run.json); {mend}")
         return len(rows)
@@ -187,13 +187,24 @@ class Rows:
             self.sums.close()
 
 
-def ask_into(out, report, done, resumed, started, ask, group, place=lambda row: 0):
+def covers(request, other):
+    """Whether a request asks at least what the other does: of each list all that the other has, and no smaller number (None: no limit)."""
+    wide = lambda one, two: one is None or two is not None and (set(two) <= set(one) if isinstance(one, list) else two <= one)
+    return request.keys() == other.keys() and all(wide(request[name], other[name]) for name in request if name != "command")
+
+
+def ask_into(out, report, request, earlier, done, started, ask, group, place=lambda row: 0):
     """Keep in a folder the rows that ask(rows_file) adds, each process of a parallel.Group its own; returns how many there then are, with the
     `done` before.
 
+    request: what of the folder's rows this call asks, by name: lists, and numbers that are limits; earlier: the folder's run.json before it. What
+    was begun and has not ended stands in `unfinished`, so that a run is complete only when nothing of it is missing.
     run.json (`report`) is written before and after; started: seconds since the epoch. place(row): by what the rows are sorted at the end (as they
-    came). Ctrl-C, and what is taken for it, ends the process with the command that goes on; resumed: that command has its --resume already.
+    came). Ctrl-C, and what is taken for it, ends the process with the command that goes on.
     """
+    request = {"command": report["command"].replace(" --resume", "") + " --resume"} | request
+    others = [other for other in earlier.get("unfinished", []) if not covers(request, other)]
+    report = report | {"unfinished": [*others, request]}
     rows_file = Rows(out, begin=group.leads)
     # the sums were written before run.json loses the hash of a finished run
     group.once(lambda: write_json(out / "run.json", report | {"seconds": 0.0, "cost_usd": cost_usd(0.0), "complete": False, "rows": done}))
@@ -202,16 +213,18 @@ def ask_into(out, report, done, resumed, started, ask, group, place=lambda row: 
         group.wait()
     except KeyboardInterrupt:
         if group.speaks():
-            print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {report['command']}{'' if resumed else ' --resume'}", file=sys.stderr)
+            print(f"\ninterrupted: the answers so far are in {out}; go on with\n  {request['command']}", file=sys.stderr)
         sys.exit(130)
 
     def end():
         count, sha = rows_file.put_in_order(place)
         ended = time.time()
         seconds = round(ended - started, 1)  # of this process, and so is its cost
-        write_json(out / "run.json", report | {"seconds": seconds, "cost_usd": cost_usd(seconds), "ended": utc(ended), "complete": True, "rows": count,
-                                               "rows_sha256": sha})
+        write_json(out / "run.json", report | {"seconds": seconds, "cost_usd": cost_usd(seconds), "ended": utc(ended), "complete": not others, "rows": count,
+                                               "rows_sha256": sha, "unfinished": others})
         (out / SUMS).unlink()
+        for other in others:
+            print(f"{out} was begun with more, which is not finished; go on with\n  {other['command']}")
         return count
 
     return group.once(end)
@@ -310,7 +323,7 @@ def load_run(folder, allow_incomplete):
             raise ResultsError(f"{path}: field 'benchmark.{name}' is missing or no text; {mend}")
     if not run["complete"] and not allow_incomplete:
         raise ResultsError(f"{path}: field 'complete' is false, the run was not finished; finish it with "
-                           "run_experiment.py --resume, or pass --allow-incomplete to score it as partial")
+                           "run_experiment.py --resume (field 'unfinished' has the commands), or pass --allow-incomplete to score it as partial")
     check_sums(folder, run)
     rows = [row | {"seed": run["seed"], "where": where} for where, row in read_lines(predictions, ROW_FIELDS, mend)]
     check_rows(rows, run, predictions, mend)

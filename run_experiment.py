@@ -3,7 +3,7 @@
     python run_experiment.py --model smollm2-135m --adapter checkpoints/smollm2-deep --out results/smollm2-deep
 
 What each condition does is in the table of conditions.py, what it tells in report_tables.MEANINGS. Rows go to OUT/predictions.jsonl as they come; OUT/run.json holds
-everything needed to repeat the run. An interrupted run goes on with --resume. On several GPUs: torchrun --standalone --nproc-per-node N run_experiment.py ...
+everything needed to repeat the run, and what was begun and has not ended (unfinished). An interrupted run goes on with --resume. On several GPUs: torchrun --standalone --nproc-per-node N run_experiment.py ...
 """
 from __future__ import annotations
 
@@ -149,7 +149,8 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
         everything = plan(conditions, samples, set(), texts, arguments.batch_size)
         probes = [(job.condition.name, s["sample_id"], p["probe_id"]) for job in everything for s, asked in zip(job.samples, job.probes) for p in asked]
         place = {probe: number for number, probe in enumerate(probes)}  # of an earlier run that asked for more: before these
-        rows = ask_into(out, report, len(done), arguments.resume, started,
+        request = {"conditions": [c.name for c in conditions], "levels": list(levels), "langs": list(langs), "limit": arguments.limit}
+        rows = ask_into(out, report, request, earlier, len(done), started,
                         lambda rows_file: ask_everything(arguments, loaded, ttt, conditions, samples, texts, done, rows_file, group),
                         group, lambda r: place.get((r["condition"], r["sample_id"], r["probe_id"]), -1))
         group.say(f"{rows} rows in {out}; next: python evaluate.py {out}")

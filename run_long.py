@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +175,9 @@ def main() -> None:
                   "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
                   "started": utc(started)}
         jobs = plan(items, arguments.modes, done, arguments.batch_tokens)
-        rows = ask_into(out, report, len(done), arguments.resume, started, lambda rows_file: ask(loaded, ttt, jobs, rows_file), Group())
+        kinds = Counter((item.task, item.length) for item in items)
+        request = {"modes": arguments.modes, "tasks": sorted({task for task, _ in kinds}), "lengths": sorted({length for _, length in kinds}), "count": max(kinds.values())}
+        rows = ask_into(out, report, request, earlier, len(done), started, lambda rows_file: ask(loaded, ttt, jobs, rows_file), Group())
     print(f"{rows} rows in {out}; next: python report_long.py {out}")
 
 

@@ -540,6 +540,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(kit, call, straight, tmp_pa
     assert code == 0 and ordered(read_rows(tmp_path)) == ordered(straight)
 
 
+ANSWER = run_experiment.answer
+
+
+def interrupt_main():
+    raise KeyboardInterrupt
+
+
 SHORT = "import conditions, run_experiment, manifests; conditions.MAX_NEW_TOKENS = 8; manifests.run_script(run_experiment.main)"
 
 
@@ -568,6 +575,26 @@ def test_a_resumed_run_may_ask_for_more(kit, call, straight, tmp_path):
     assert ordered(read_rows(tmp_path)) == of_any_batch(straight) and run["levels"] == [1, 2] and run["rows"] == len(straight)
     assert call([*argv, "--limit", "1", "--levels", "1", "--conditions", "B_memory", "--resume"])[0] == 0
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["limit"] == 3  # what the rows cover, not what was asked last
+
+
+def test_a_run_is_complete_only_when_nothing_that_was_begun_is_missing(kit, call, tmp_path, monkeypatch):
+    """Something else asked in between, and ended, does not make it so; the same or a wider call does."""
+    model, adapter = kit("tiny-llama")
+    argv = command(tmp_path, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, "--lang", "en", "--levels", "1", "--limit", "2")
+    state = lambda: (lambda run: (run["complete"], [one["conditions"] for one in run["unfinished"]]))(json.loads((tmp_path / "run.json").read_text(encoding="utf-8")))
+    begun = [*argv, "--conditions", "C_nothing,B_memory"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_experiment, "answer", lambda loaded, ttt, job, texts: interrupt_main() if job.condition.name == "B_memory" else ANSWER(loaded, ttt, job, texts))
+        assert call(begun)[0] == 130
+    assert state() == (False, [["C_nothing", "B_memory"]])
+    code, out, _ = call([*argv, "--conditions", "A_context", "--resume"])
+    assert code == 0 and state() == (False, [["C_nothing", "B_memory"]]) and out.rstrip().splitlines()[-2].strip() == f"python {' '.join(begun)} --resume"
+    assert {row["condition"] for row in read_rows(tmp_path)} == {"C_nothing", "A_context"}
+    with pytest.raises(results_files.ResultsError, match="'complete' is false.*'unfinished'"):
+        results_files.load_run(tmp_path, False)
+    assert call([*argv, "--conditions", "B_memory", "--resume"])[0] == 0 and state()[0] is False  # a part of it is not all of it
+    assert call([*argv[:-1], "3", "--conditions", "B_memory,C_nothing", "--resume"])[0] == 0 and state() == (True, [])
+    assert len(results_files.load_run(tmp_path, False)["predictions"]) == len(read_rows(tmp_path))
 
 
 def test_a_condition_named_twice_is_asked_once(kit, call, tmp_path):
