@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -173,7 +174,7 @@ def run_script(code_folder, folder, script, *arguments, usd_per_second=None):
                 print(line, end="", flush=True)
                 lines.append(line.rstrip())
         except BaseException:  # preemption and Ctrl-C arrive here: let the script save what it has
-            process.terminate()
+            process.send_signal(signal.SIGINT)
             process.wait(timeout=25)
             raise
     if process.returncode:
