@@ -278,7 +278,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of the 256 bytes plus pad, eos, bos: what the tiny random models read."""
     vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # in words: the library keeps the last 10,000 pieces, which are else whole texts
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
 
