@@ -111,13 +111,17 @@ def main() -> None:
     made, results = provenance(), []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         kit = Kit(Path(folder), arguments.quick, arguments.seed)
-        for name in arguments.only:
-            results.append(run_row(ROWS[name], kit))
-            show(results[-1])
-            count = {verdict: sum(result["verdict"] == verdict for result in results) for verdict in LABEL}
-            if arguments.out:  # after each row, because they take minutes
-                write_json(arguments.out, {"quick": arguments.quick, "seed": arguments.seed, **made, "hardware": hardware("cpu"), "started": utc(started),
-                                           "ended": utc(time.time()), "count": count, "rows": results})
+        try:
+            for name in arguments.only:
+                results.append(run_row(ROWS[name], kit))
+                show(results[-1])
+                count = {verdict: sum(result["verdict"] == verdict for result in results) for verdict in LABEL}
+                if arguments.out:  # after each row, because they take minutes
+                    write_json(arguments.out, {"quick": arguments.quick, "seed": arguments.seed, **made, "hardware": hardware("cpu"), "started": utc(started),
+                                               "ended": utc(time.time()), "count": count, "rows": results})
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; the rest: python faults.py --only {','.join(arguments.only[len(results):])}", file=sys.stderr)
+            sys.exit(130)
     print(", ".join(f"{number} {LABEL[verdict]}" for verdict, number in count.items()))
     sys.exit(1 if count["fail"] else 0)
 

@@ -56,6 +56,17 @@ def test_a_row_that_fails_or_cannot_be_run_is_no_pass(run_main, monkeypatch):
     assert code == 2 and "--only nothing: unknown" in err
 
 
+def test_ctrl_c_keeps_the_rows_and_says_which_are_left(run_main, monkeypatch, tmp_path):
+    def interrupted(kit):
+        raise KeyboardInterrupt
+
+    rows = {name: faults.Row(name, "a fault", "an error", check) for name, check in (("done", lambda kit: "seen"), ("stopped", interrupted), ("never", interrupted))}
+    monkeypatch.setattr(faults, "ROWS", rows)
+    code, out, err = run_main(faults.main, ["faults.py", "--out", tmp_path / "f.json", "--only", "done,stopped,never"])
+    assert code == 130 and err.rstrip().endswith("python faults.py --only stopped,never") and out.startswith("pass    done")
+    assert [row["name"] for row in json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["rows"]] == ["done"]
+
+
 def test_a_process_that_dies_or_hangs_is_a_fault():
     assert in_fork(lambda: 3) == 3
     with pytest.raises(Fault, match="exit code 7"):
