@@ -263,11 +263,20 @@ class Writer:
         return stream(index, before_BSZ, injected_BSZ, write_bias(held, self.owner.config) if bias_BHSS is None else bias_BHSS)[0]
 
     def _layers_at_once(self, pending: dict[int, Pending]):
-        """of_layers(method, alike, by_layer): what the FastWeights' method gives for the held tokens, for all layers in one batched pass: they
-        differ in their numbers only. alike and by_layer: the method's other arguments, one for all layers or with the layers as first
-        dimension; so are the results.
+        """of_layers(method, alike, by_layer): what the FastWeights' method gives for the held tokens, for all layers. alike and by_layer: the
+        method's other arguments, one for all layers or with the layers as first dimension; so are the results.
+
+        A differentiable write does it in one batched pass, since layers differ in their numbers only. Without gradients nothing of a layer need
+        stay, so they go one after the other: a long text's attention is large, and nothing is copied to lie side by side.
         """
         config, fasts, helds = self.owner.config, [self.owner.fast[str(index)] for index in pending], list(pending.values())
+
+        def in_turn(method: str, alike: dict, by_layer: dict):
+            found = [getattr(fast, method)(held, **alike, **{name: t[n] for name, t in by_layer.items()}) for n, (fast, held) in enumerate(zip(fasts, helds))]
+            return Slots(*map(torch.stack, zip(*found))) if isinstance(found[0], Slots) else torch.stack(found)
+
+        if not self.differentiable:
+            return in_turn
         tensors = [{name: t for name, t in (*fast.named_parameters(), *fast.named_buffers()) if writes(name)} for fast in fasts]
         numbers = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
         stacked = lambda name: torch.stack([getattr(held, name) for held in helds])
@@ -276,8 +285,7 @@ class Writer:
 
         def of_layers(method: str, alike: dict, by_layer: dict):
             of_one = lambda numbers, inputs, own: torch.func.functional_call(fasts[0], numbers, (method, replace(helds[0], **inputs)), alike | own)
-            # without gradients nothing of a layer need stay, so one layer after the other: a long text's attention is large
-            return torch.vmap(of_one, chunk_size=None if self.differentiable else 1)(numbers, inputs, by_layer)
+            return torch.vmap(of_one)(numbers, inputs, by_layer)
 
         return of_layers
 
