@@ -17,8 +17,8 @@ from model_utils import load_model
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test starts first: with several processes the rest is done beside it, and nobody waits for it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+    """The longest tests start first: with several processes the rest is done beside it, and nobody waits for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3")

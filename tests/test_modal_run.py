@@ -43,7 +43,7 @@ def run_smoke(root, home):
                               started=[(container.function, container.kills) for container in servicer.containers])
 
 
-@pytest.mark.first
+@pytest.mark.slow
 def test_modal_run_from_the_first_command_to_the_second(run_main, tmp_path):
     """One test, so that several test processes do not each run the pipeline: results come, a killed shard goes on, nothing is done twice."""
     for name in ("servicer", "home", "second"):

@@ -193,7 +193,7 @@ def shortest_conversations(count):
     return bench | {"samples": [sample for pair in chosen for sample in pair]}
 
 
-@pytest.mark.first
+@pytest.mark.slow
 def test_the_demo_as_a_user_runs_it(tmp_path):
     """The real model and the committed adapters on one conversation a level, in a copy that borrows this environment."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "setup.sh"]:
