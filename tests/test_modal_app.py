@@ -359,6 +359,7 @@ def in_this_process(code_folder, folder, script, *arguments, usd_per_second=None
     return shown.getvalue().splitlines()
 
 
+@pytest.mark.slow
 def test_preflight_runs_every_script_and_checks_every_family(tmp_path, monkeypatch):
     """Not with A_tuned: the command that trains it differs in one word."""
     monkeypatch.chdir(tmp_path)

@@ -98,6 +98,7 @@ def a_second_run_does_nothing_twice_and_a_detached_one_is_collected_later(smoke,
     assert rows_of(tmp_path / SHARD) == rows_of(smoke.home / SHARD)
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_why_and_what_it_cost_and_a_missing_commit_is_seen(tmp_path):
     """The servicer of its own has an app that forgets to commit: what the pipeline wrote stays in its container."""
     (tmp_path / "servicer").mkdir()
@@ -127,6 +128,7 @@ def test_a_module_that_is_not_uploaded_fails_as_in_the_service(tmp_path):
     assert "No module named 'benchmark_values'" in printed
 
 
+@pytest.mark.slow
 def test_an_error_is_retried_twice_and_then_told(tmp_path):
     (tmp_path / "servicer").mkdir()
     with serve(tmp_path / "servicer", {"record = stages.run(": "record = 1 / 0 or stages.run("}) as servicer:

@@ -101,6 +101,7 @@ def same_log(mine, other):
             assert one[field] == (None if two[field] is None else pytest.approx(two[field], **TOLERANCE)), field
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, processes, more", [("recall", 3, ()), ("recall", 2, ("--shard-base",)), ("joint", 2, ()), ("lm", 2, ("--shard-base",)),
                                                    ("context", 2, ("--shard-base",))])
 def test_processes_that_share_an_update_have_the_losses_of_one(name, processes, more, curve, together, tmp_path):

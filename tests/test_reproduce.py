@@ -108,6 +108,7 @@ def test_the_committed_arms_are_found_where_the_rows_say():
         assert training(ARMS[name], root) == [], name
 
 
+@pytest.mark.slow
 def test_a_tiny_arm_is_trained_asked_and_then_left_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "ARMS", {"tiny": Arm("tiny", (Ask("{}", "B_memory", ("--limit", "1", "--levels", "1", "--lang", "en")),),
                                                         ("--updates", "2", "--warmup", "1", "--conversations", "2", "--groups", "1", "--workers", "0", "--lang", "en"), ("--model", "tiny-llama"))})
