@@ -26,9 +26,10 @@ from bench_report import HEADER, Line, draw, text_of
 from bench_whole import whole
 from decoding import SEGMENT, answers_to, heard, kv_bytes_per_token, prefill, write_rows
 from in_place_ttt import InPlaceTTT
+from lean import fuse_norms, lean_mlps, undo
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
-from model_utils import Loaded, find_row, fuse_norms, load_adapter, load_model, pick_device
+from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from objectives import lm_step, recall_step
 from operations import BaseCost, MemoryCost
 from public_way import CHUNK, NEW, PROMPT, TEXT, TRAINED, PublicWay
@@ -54,7 +55,7 @@ class Sizes:
     rounds: int
 
 
-SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 4, 8, 16), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
+SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
          "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (TEXT, 512, 2048), (64, 16), 1024, 2, 3)}
 
 
@@ -105,14 +106,13 @@ class Bench:
             fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_BS.flatten().quantile(1 - self.slots)
 
     def update(self, ttt, step: Callable) -> Callable:
-        """Forward and backward of a step, with the base's norms as train_minimal.py has them, and only for so long: the other ways keep theirs."""
+        """Forward and backward of a step, with the base's norms and MLPs as train_minimal.py has them, and only for so long: the other ways keep theirs."""
         def call():
-            plain = fuse_norms(self.model)
+            plain = fuse_norms(self.model) | lean_mlps(self.model)
             try:
                 step().loss.backward()
             finally:
-                for name, norm in plain.items():
-                    self.model.get_decoder().set_submodule(name, norm)
+                undo(self.model, plain)
             ttt.zero_grad(set_to_none=True)
 
         return call

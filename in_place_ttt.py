@@ -38,6 +38,7 @@ import torch
 from torch import nn
 
 from fast_weight import FastWeight, TTTConfig, drawer
+from lean import gated
 from memory import Memory
 from sessions import Reader, Writer
 from side_stream import SideStream
@@ -60,7 +61,7 @@ class TTTMLP(nn.Module):
         session = owner.session
         if session is None:
             return self.base(x_BLD)
-        h_BLF = self.base.act_fn(self.base.gate_proj(x_BLD)) * self.base.up_proj(x_BLD)
+        h_BLF = gated(self.base, x_BLD)
         share_BLD = session.layer(self.index, x_BLD, h_BLF)
         out_BLD = self.base.down_proj(h_BLF)
         if owner.config.w_down:

@@ -236,20 +236,6 @@ def load_model(name: str, device="cpu", dtype=torch.float32, random_weights: boo
     return Loaded(model.eval().to(device), tokenizer, row, sha, source)
 
 
-def fuse_norms(model) -> dict[str, torch.nn.Module]:
-    """Put torch's fused RMSNorm in place of the library's plain one, which takes ten kernels; the weights are shared.
-
-    The same up to one rounding in bfloat16. Norms of another form (Gemma's) stay. Returns {name in the decoder: the norm that stood there}.
-    """
-    decoder = model.get_decoder()
-    plain = {name: norm for name, norm in decoder.named_modules() if hasattr(norm, "variance_epsilon")}
-    for name, norm in plain.items():
-        fused = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
-        fused.weight = norm.weight
-        decoder.set_submodule(name, fused)
-    return plain
-
-
 def from_folder(folder: Path, dtype: torch.dtype):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
 

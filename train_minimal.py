@@ -32,9 +32,10 @@ from decoding import check_window
 from fast_weight import TARGETS
 from halving import out_of_memory
 from hardware import be_deterministic, hardware
+from lean import fuse_norms, lean_mlps
 from manifests import UserError, cost_usd, naming, provenance, put_back, run_script, utc
 from memory import tensors_digest
-from model_utils import Loaded, find_row, fuse_norms, load_model, override_ttt, parse_layers, pick_device
+from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from parallel import Group, check_sharding, process_group, shard_base
 from training_data import CORPORA, BankDataset, TextDataset, batches, load_texts
@@ -319,6 +320,7 @@ def train_arm(group: Group) -> None:
     torch.set_float32_matmul_precision("high")  # the adapter's float32 products may use TF32; reported scores do not
     loaded = load_model(arguments.model, "cpu" if arguments.shard_base else device, dtype)
     fuse_norms(loaded.model)
+    lean_mlps(loaded.model)
     if arguments.length:
         check_window(loaded.model, arguments.length, f"--length {arguments.length}")
     digest = before = base_digest(loaded)
