@@ -24,9 +24,9 @@ import torch
 
 from bench_report import HEADER, Line, draw, text_of
 from bench_whole import whole
-from decoding import SEGMENT, answers_to, heard, kv_bytes_per_token, prefill, write_rows
+from decoding import answers_to, call_length, heard, kv_bytes_per_token, prefill, write_rows
 from in_place_ttt import InPlaceTTT
-from lean import fuse_norms, lean_mlps, undo
+from lean import compilable, fuse_norms, lean_mlps, swap
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
@@ -48,6 +48,7 @@ class Sizes:
     writes: tuple[tuple[int, int], ...]    # (rows, tokens)
     public_text: int                       # the longest text that the public way is given
     batches: tuple[int, ...]               # sequences of one training step
+    compiled: tuple[int, ...]              # likewise, with the base's layers compiled
     lengths: tuple[int, ...]               # of the conversations behind a memory that is read
     ranks: tuple[int, ...]                 # that a memory is cut to
     square: int                            # of the matrices that the machine is measured with
@@ -55,8 +56,8 @@ class Sizes:
     rounds: int
 
 
-SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
-         "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (TEXT, 512, 2048), (64, 16), 1024, 2, 3)}
+SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (2, 3), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
+         "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (), (TEXT, 512, 2048), (64, 16), 1024, 2, 3)}
 
 
 class Way(NamedTuple):
@@ -78,44 +79,47 @@ class Bench:
         self.weights = (self.cost.body + self.cost.head) * self.model.dtype.itemsize  # bytes that every forward call reads
 
     @contextlib.contextmanager
-    def attached(self, config=None):
-        """An adapter on the base for so long: the one asked for, or a new one with these settings, whose sparse gates are thinned."""
+    def attached(self, config=None, texts=None):
+        """An adapter on the base for so long: the one asked for, or a new one with these settings, whose sparse gates are thinned on these texts."""
         if config is None and self.adapter:
             ttt, _ = load_adapter(self.adapter, self.loaded)
         else:
             ttt = InPlaceTTT(self.model, config or getattr(self.loaded.row, self.form))
             if ttt.config.sparse:
-                self.thin(ttt)
+                self.thin(ttt, texts or self.rows(8, TEXT))
         try:
             yield ttt
         finally:
             ttt.detach()
 
-    @torch.no_grad()
-    def thin(self, ttt) -> None:
-        """Gates of random numbers, with biases at which a share `slots` of the tokens leaves a slot. Trained gates leave few; new ones all."""
+    @torch.inference_mode()
+    def thin(self, ttt, texts: list[list[int]]) -> None:
+        """Gates of random numbers, with biases at which a share `slots` of these texts' tokens leaves a slot. Trained gates leave few; new ones all."""
         for fast in ttt.fast.values():
             fast.gate.copy_(torch.randn(len(fast.gate), generator=self.generator) / len(fast.gate) ** 0.5)
-        with ttt.write(differentiable=True) as writer:  # differentiable: the writer then keeps every token's gate
-            ids = torch.tensor(self.rows(8, TEXT), device=self.device)
-            writer.expect(torch.ones_like(ids))
-            self.model.get_decoder()(input_ids=ids, use_cache=False)
-        writer.memory()
-        for index, worth_BS in zip(sorted(ttt.config.layers), writer.slots.worth):
-            fast = ttt.fast[str(index)]
-            fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_BS.flatten().quantile(1 - self.slots)
+        logits = gate_logits(ttt, lambda: write_rows(self.model, ttt, texts, self.pad, dropped=True))
+        for fast, worth_N in logits.items():
+            fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_N.kthvalue(1 + int((1 - self.slots) * (len(worth_N) - 1))).values
 
-    def update(self, ttt, step: Callable) -> Callable:
-        """Forward and backward of a step, with the base's norms and MLPs as train_minimal.py has them, and only for so long: the other ways keep theirs."""
-        def call():
-            plain = fuse_norms(self.model) | lean_mlps(self.model)
-            try:
-                step().loss.backward()
-            finally:
-                undo(self.model, plain)
-            ttt.zero_grad(set_to_none=True)
+    def updates(self, ttt) -> Callable:
+        """update(step, layers=None): forward and backward of a step, with the base's norms and MLPs as train_minimal.py has them, and only for so long:
+        the other ways keep theirs. layers: what stands in the place of the decoder's layers, as --compile does."""
+        plain = fuse_norms(self.model) | lean_mlps(self.model)
+        lean = swap(self.model, plain)  # the same modules each time, or what is compiled would be so again
 
-        return call
+        def update(step: Callable, layers: torch.nn.ModuleList | None = None) -> Callable:
+            def call():
+                swap(self.model, lean)
+                try:
+                    with in_place(self.model.get_decoder(), layers):
+                        step().loss.backward()
+                finally:
+                    swap(self.model, plain)
+                ttt.zero_grad(set_to_none=True)
+
+            return call
+
+        return update
 
     def memory_cost(self, ttt) -> MemoryCost:
         return MemoryCost(ttt.config, *ttt.down_proj(ttt.config.layers[0]).weight.shape)
@@ -169,6 +173,35 @@ class Bench:
         torch.cuda.empty_cache()
         print(f"{part:8s}{case:46s}{way:30s}out of memory", flush=True)
         return False
+
+
+def gate_logits(ttt, write: Callable) -> dict:
+    """{FastWeight: the logits of its write gate, [tokens]} while `write` writes."""
+    logits = {}
+    for fast in ttt.fast.values():
+        def strength(informed, fast=fast, own=fast.strength):
+            found = own(informed)
+            logits[fast] = found[1].flatten()
+            return found
+
+        fast.strength = strength
+    try:
+        write()
+    finally:
+        for fast in ttt.fast.values():
+            del fast.strength
+    return logits
+
+
+@contextlib.contextmanager
+def in_place(decoder, layers: torch.nn.ModuleList | None):
+    """Other layers in the place of the decoder's for so long; None: its own."""
+    own = decoder.layers
+    decoder.layers = own if layers is None else layers
+    try:
+        yield
+    finally:
+        decoder.layers = own
 
 
 # ---- the parts ----
@@ -244,8 +277,8 @@ def write(bench: Bench) -> None:
     """Reading a text with the base alone, and writing it, after which the text is dropped."""
     for count, length in bench.sizes.writes:
         texts, cost = bench.rows(count, length), bench.cost
-        base = Way(torch.inference_mode()(lambda: prefill(bench.model, texts, bench.pad)), count, cost.forward(length), -(-length // SEGMENT) * bench.weights / count)
-        with bench.attached(None if bench.form == "codes" else bench.loaded.row.codes) as ttt:
+        base = Way(torch.inference_mode()(lambda: prefill(bench.model, texts, bench.pad)), count, cost.forward(length), -(-length // call_length(count)) * bench.weights / count)
+        with bench.attached(None if bench.form == "codes" else bench.loaded.row.codes, texts) as ttt:
             write_codes(bench, ttt, texts, base)
         with bench.attached(replace(bench.loaded.row.plain, chunk=CHUNK)) as ttt:
             work = cost.forward(length, predicted=0, layers=max(ttt.config.layers) + 1) + bench.memory_cost(ttt).write_chunks(length)
@@ -276,12 +309,16 @@ def train(bench: Bench) -> None:
     config, device, cost = replace(bench.loaded.row.plain, chunk=CHUNK), bench.device, bench.cost
     with bench.attached(config) as ttt:
         rows, public, first = bench.rows(1, TRAINED), PublicWay(bench.model, config.layers), min(config.layers)
-        step = lambda rows: bench.update(ttt, lambda: lm_step(bench.loaded, ttt, rows, device))
+        update = bench.updates(ttt)
+        step = lambda rows, layers=None: update(lambda: lm_step(bench.loaded, ttt, rows, device), layers)
         base = cost.forward(TRAINED, predicted=TRAINED) + cost.backward(TRAINED, predicted=TRAINED, first=first)
         work = base + 3 * bench.memory_cost(ttt).write_chunks(TRAINED)
         ways = {"base, forward alone": Way(torch.inference_mode()(lambda: prefill(bench.model, rows, bench.pad)), 1, cost.forward(TRAINED)),
                 "public, 1 at once": Way(lambda: public.train_step(torch.tensor(rows, device=device)), 1, base)}
         ways |= {f"memory, {n} at once": Way(step(bench.rows(n, TRAINED)), n, work) for n in bench.sizes.batches}
+        ready = compilable(bench.model)
+        layers = torch.nn.ModuleList(torch.compile(layer) if layer in ready else layer for layer in bench.model.get_decoder().layers)
+        ways |= {f"memory, compiled, {n} at once": Way(step(bench.rows(n, TRAINED), layers), n, work) for n in bench.sizes.compiled}
         bench.compare("train", f"next token, {TRAINED} tokens", ways, TRAINED)
     with bench.attached(bench.loaded.row.codes) as ttt:
         train_answers(bench, ttt)
@@ -295,7 +332,8 @@ def train_answers(bench: Bench, ttt, asked: int = 2, head: int = 60, question: i
     work = (cost.forward(TEXT, predicted=0, layers=max(ttt.config.layers) + 1) + both(head, 0, 0) + asked * both(tail, head, answered)
             + 3 * (memory.write(TEXT, slots) + memory.read(head, slots) + asked * memory.read(tail, slots)))
     example = lambda: Example(bench.rows(1, TEXT)[0], bench.rows(1, head)[0], [(bench.rows(1, question)[0], bench.rows(1, answered)[0]) for _ in range(asked)])
-    step = lambda rows: bench.update(ttt, lambda: recall_step(bench.loaded, ttt, Batch(rows), bench.device))
+    update = bench.updates(ttt)
+    step = lambda rows: update(lambda: recall_step(bench.loaded, ttt, Batch(rows), bench.device))
     ways = {f"memory, {n} at once": Way(step([example() for _ in range(n)]), n, work) for n in bench.sizes.batches}
     bench.compare("train", f"answers, {TEXT} tokens and {asked} questions", ways, TEXT + head + asked * tail)
 

@@ -19,7 +19,8 @@ from manifests import UserError
 from memory import Memory
 
 WARM = 2        # steps of an answer on a GPU before one is captured
-SEGMENT = 1024  # tokens of one forward call while a long text is read; bounds the attention matrix and what a write holds
+SEGMENT = 1024  # tokens a row of one forward call while a long text is read; bounds the attention matrix and what a write holds
+FULL = 4        # rows of so many tokens fill a GPU; of fewer rows a call takes more tokens each, or launching it takes longer than its work
 # What two orders of the same sums may differ by, relative to the largest value: rounding, grown through the layers.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -93,16 +94,22 @@ def forward_all(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor, past: Past |
     return model(**named, logits_to_keep=keep).logits, Past(cache, mask)
 
 
-def segments(model, rows: list[list[int]], pad_id: int):
-    """(ids, mask) of the rows, padded on the left, SEGMENT columns at a time."""
+def call_length(rows: int, session=None) -> int:
+    """Tokens a row of one forward call. More than SEGMENT only where nothing of the session's goes by pairs of a call's tokens."""
+    return SEGMENT * (max(1, FULL // rows) if session is None or session.long_calls else 1)
+
+
+def segments(model, rows: list[list[int]], pad_id: int, session=None):
+    """(ids, mask) of the rows, padded on the left, a call's columns at a time."""
     ids, mask = pad_left(rows, pad_id, next(model.parameters()).device)
-    return zip(ids.split(SEGMENT, 1), mask.split(SEGMENT, 1))
+    at_once = call_length(len(rows), session)
+    return zip(ids.split(at_once, 1), mask.split(at_once, 1))
 
 
 def prefill(model, rows: list[list[int]], pad_id: int, past: Past | None = None, session=None) -> tuple[torch.Tensor, Past]:
     """Read token rows after `past`, in segments (session: as in `forward`). Rows may differ in length; every row needs a token."""
     logits = None
-    for ids, mask in segments(model, rows, pad_id):
+    for ids, mask in segments(model, rows, pad_id, session):
         logits, past = forward(model, ids, mask, past, session)
     return logits, past
 
@@ -115,7 +122,7 @@ def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memor
     the last TTT layer.
     """
     with ttt.write(memory) as writer, lowest(model, max(ttt.config.layers) + 1) if dropped else contextlib.nullcontext():
-        for ids, mask in segments(model, rows, pad_id):
+        for ids, mask in segments(model, rows, pad_id, writer):
             _, past = forward_all(model, ids, mask, past, writer, keep=None)
     if dropped:
         past = None  # before memory() needs the room

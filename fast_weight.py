@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from memory import LayerMemory, expand, leading, meets, pick_columns, times, unit
 from side_stream import HEAD, LongBias, distance_bias, look, plain_attention, unit_rms
@@ -19,6 +18,7 @@ TARGETS = ("hidden_states", "input_embed", "both")
 INITS = ("paper", "shift")
 RULES = ("hebbian", "ridge")
 ROOM = 2 ** 27  # entries of a write attention's matrix, all rows and heads: a quarter of a gigabyte in bfloat16, and softmax makes it twice more
+FEW = 4        # ridge solves by an inverse where slots are at most a FEWth of the hidden size
 PACE = 10      # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
 WIDE_OPEN = 11 / 12   # sigmoid from which on a sparse gate is at its full strength
 AJAR = 0.25           # strength of a sparse gate at the start
@@ -368,22 +368,25 @@ def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, 
     """Depthwise symmetric conv over each row's real tokens, never across a chunk border, at these columns, [B, C, D] (None: at all);
     0 at pads' columns or not does not matter, because a pad has no weight.
 
-    Neighbours are counted in tokens, not columns: rows are first moved to the left end, so pads anywhere do not matter.
+    Neighbours are counted in tokens, not columns, so pads anywhere do not matter. So many columns at a time as ROOM has place for.
     """
-    order_BS = leading(mask_BS, mask_BS.shape[1])  # real tokens in order, then the pads
-    place_BS = order_BS.argsort(dim=1)
-    # pads belong to no chunk
-    chunk_BS = torch.where(mask_BS, chunk_BS, -1).gather(1, order_BS)
-    reach, width = conv_DK.shape[1] // 2, x_BSD.shape[1]
-    padded_BSD, padded_BS = pad(pick_columns(x_BSD, order_BS), (0, 0, reach, reach)), pad(chunk_BS, (reach, reach), value=-1)
-    if column_BC is None:
-        tap = lambda t, k: t[:, k:k + width]
-    else:
-        place_BC = place_BS.gather(1, column_BC)
-        tap = lambda t, k: pick_columns(t, place_BC + k)
-    own_BC = tap(padded_BS, reach)
-    target_BCD = sum(tap(padded_BSD, k) * (tap(padded_BS, k) == own_BC).unsqueeze(-1) * conv_DK[:, k] for k in range(conv_DK.shape[1]))
-    return pick_columns(target_BCD, place_BS) if column_BC is None else target_BCD
+    (batch, width, hidden), taps = x_BSD.shape, conv_DK.shape[1]
+    order_BS = leading(mask_BS, width)  # the column of each real token in order, then the pads'
+    place_BC = order_BS.argsort(dim=1)
+    chunk_BS = torch.where(mask_BS, chunk_BS, -1).gather(1, order_BS)  # pads belong to no chunk
+    if column_BC is not None:
+        place_BC = place_BC.gather(1, column_BC)
+    near_BCK = place_BC.unsqueeze(-1) + torch.arange(taps, device=x_BSD.device) - taps // 2
+    inside_BCK = (near_BCK >= 0) & (near_BCK < width)
+    of = lambda t_BS: t_BS.gather(1, near_BCK.clamp(0, width - 1).flatten(1)).unflatten(1, near_BCK.shape[1:])
+    met_BCK = inside_BCK & (of(chunk_BS) == chunk_BS.gather(1, place_BC).unsqueeze(-1))
+
+    def some(column_BCK: torch.Tensor, met_BCK: torch.Tensor) -> torch.Tensor:
+        tap_BCKD = pick_columns(x_BSD, column_BCK.flatten(1)).unflatten(1, column_BCK.shape[1:])
+        return sum((tap_BCKD * met_BCK.unsqueeze(-1) * conv_DK.T).unbind(2))
+
+    at_once = max(1, ROOM // (batch * taps * hidden))
+    return torch.cat([some(*part) for part in zip(of(order_BS).split(at_once, 1), met_BCK.split(at_once, 1))], 1)
 
 
 def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -409,8 +412,14 @@ def solve(key_NSK: torch.Tensor, wanted_NSD: torch.Tensor, trust_NS: torch.Tenso
     """The values of N texts of S slots, [N, S, D]: R (R G R + I)^-1 R wanted, G the keys' inner products and R^2 the trust."""
     root_NS = torch.where(trust_NS > 0, trust_NS, 1.0).sqrt() * (trust_NS > 0)  # sqrt has no gradient at 0, where a pad stands
     key_NSK = times(key_NSK.to(wanted_NSD.dtype), root_NS, sizes)
-    square_NSS = meets(key_NSK, key_NSK, sizes) + torch.eye(key_NSK.shape[1], dtype=key_NSK.dtype, device=key_NSK.device)
-    return torch.cholesky_solve(wanted_NSD * root_NS.unsqueeze(-1), torch.linalg.cholesky(square_NSS)) * root_NS.unsqueeze(-1)
+    one_SS = torch.eye(key_NSK.shape[1], dtype=key_NSK.dtype, device=key_NSK.device)
+    lower_NSS, wanted_NSD = torch.linalg.cholesky(meets(key_NSK, key_NSK, sizes) + one_SS), wanted_NSD * root_NS.unsqueeze(-1)
+    if wanted_NSD.requires_grad or lower_NSS.requires_grad or FEW * len(one_SS) > wanted_NSD.shape[2]:
+        solved_NSD = torch.cholesky_solve(wanted_NSD, lower_NSS)
+    else:  # by the factor's inverse: two products fill a GPU where solves of so few rows do not. Not in training, whose products may be TF32
+        inverse_NSS = torch.linalg.solve_triangular(lower_NSS, one_SS.expand_as(lower_NSS), upper=False)
+        solved_NSD = inverse_NSS.mT @ (inverse_NSS @ wanted_NSD)
+    return solved_NSD * root_NS.unsqueeze(-1)
 
 
 def chunk_of(position: torch.Tensor, chunk: int | None) -> torch.Tensor:

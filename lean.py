@@ -11,7 +11,7 @@ def gated(mlp: nn.Module, x_BLD: torch.Tensor) -> torch.Tensor:
     act's is made again here, from the first product: a third less, and the same bits."""
     gate_BLF, up_BLF = mlp.gate_proj(x_BLD), mlp.up_proj(x_BLD)
     product = lambda gate, up: mlp.act_fn(gate) * up
-    if torch.is_grad_enabled() and gate_BLF.requires_grad:
+    if torch.is_grad_enabled() and gate_BLF.requires_grad and not torch.compiler.is_compiling():  # a compiler chooses what to make again
         return checkpoint(product, gate_BLF, up_BLF, use_reentrant=False, preserve_rng_state=False)  # nothing random in it
     return product(gate_BLF, up_BLF)
 
@@ -32,13 +32,12 @@ def fuse_norms(model) -> dict[str, nn.Module]:
 
     The same up to one rounding in bfloat16. Norms of another form (Gemma's) stay. Returns {name in the decoder: the norm that stood there}.
     """
-    decoder = model.get_decoder()
-    plain = {name: norm for name, norm in decoder.named_modules() if hasattr(norm, "variance_epsilon")}
-    for name, norm in plain.items():
-        fused = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
-        fused.weight = norm.weight
-        decoder.set_submodule(name, fused)
-    return plain
+    fused = {}
+    for name, norm in model.get_decoder().named_modules():
+        if hasattr(norm, "variance_epsilon"):
+            fused[name] = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
+            fused[name].weight = norm.weight
+    return swap(model, fused)
 
 
 def lean_mlps(model) -> dict[str, nn.Module]:
@@ -46,14 +45,18 @@ def lean_mlps(model) -> dict[str, nn.Module]:
 
     Of a base without an adapter; a layer that carries one (TTTMLP) makes its h by `gated` anyway.
     """
+    return swap(model, {f"layers.{i}.mlp": LeanMLP(layer.mlp) for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "gate_proj")})
+
+
+def compilable(model) -> list[nn.Module]:
+    """The decoder's layers without fast weights, which are written by Python between a layer's parts. One compiled layer serves for all that are alike."""
+    return [layer for layer in model.get_decoder().layers if hasattr(layer.mlp, "gate_proj")]
+
+
+def swap(model, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put these modules in their places in the decoder, by name, and return what stood there: with what fuse_norms or lean_mlps returned it undoes them."""
     decoder = model.get_decoder()
-    plain = {f"layers.{i}.mlp": layer.mlp for i, layer in enumerate(decoder.layers) if hasattr(layer.mlp, "gate_proj")}
-    for name, mlp in plain.items():
-        decoder.set_submodule(name, LeanMLP(mlp))
-    return plain
-
-
-def undo(model, plain: dict[str, nn.Module]) -> None:
-    """Undo either of them."""
-    for name, module in plain.items():
-        model.get_decoder().set_submodule(name, module)
+    stood = {name: decoder.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        decoder.set_submodule(name, module)
+    return stood

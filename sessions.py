@@ -26,6 +26,8 @@ class Reader:
     and each of its forward calls is announced with `expect`.
     """
 
+    long_calls = False  # the read attention looks at every pair of a call's tokens and those before
+
     def __init__(self, owner, memory: Memory, watch_BL: torch.Tensor | None = None):
         check_memory(memory, owner)
         self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
@@ -158,6 +160,7 @@ class Writer:
         self.owner, self.start = owner, memory
         self.needs_embeddings = owner.config.target != "hidden_states"
         self.differentiable, self.form = differentiable, form
+        self.long_calls = owner.config.chunk is None  # chunks are read within a call pair by pair; a whole text's tokens are only kept until its end
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self._parts: dict[int, list[Pending]] = {}  # of each layer, call by call
         self.slots: Slots | None = None  # of all tokens, layer by layer in order: [layers, B, ...], after memory() of a differentiable write

@@ -26,7 +26,7 @@ def identity(manifest: dict, updates: int) -> dict:
 def current(identity: dict) -> dict:
     """An identity from before an option existed, with that option's value of then."""
     groups = "1" if identity["objective"] == "recall" else None
-    optimizer = {"groups": groups, "aids": None, "weight_decay": 0.0, "dropout": 0.0, "length": None} | identity["optimizer"]
+    optimizer = {"groups": groups, "aids": None, "weight_decay": 0.0, "dropout": 0.0, "length": None, "compile": False} | identity["optimizer"]
     return {"start": None} | identity | {"optimizer": optimizer, "ttt": identity["ttt"] and TTTConfig(**identity["ttt"]).to_dict()}
 
 

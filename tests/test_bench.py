@@ -18,7 +18,7 @@ from operations import pairs
 from public_way import CHUNK, PublicWay
 from test_run_experiment import small_benchmark
 
-SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), lengths=(20, 40), ranks=(4,), square=64, limit=1, rounds=2)
+SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), compiled=(), lengths=(20, 40), ranks=(4,), square=64, limit=1, rounds=2)
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,28 @@ def test_where_a_long_text_is_cut_does_not_matter(family, segment, monkeypatch):
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
 
+def test_few_rows_take_longer_calls_but_for_chunks_and_questions(llama, attach, monkeypatch):
+    monkeypatch.setattr(decoding, "SEGMENT", 5)
+    lengths, original = [], llama.model.get_decoder().forward
+    monkeypatch.setattr(llama.model.get_decoder(), "forward", lambda **kw: lengths.append(kw["input_ids"].shape[1]) or original(**kw))
+
+    def calls_of(work):
+        lengths.clear()
+        work()
+        return list(lengths)
+
+    assert calls_of(lambda: prefill(llama.model, token_rows((45,)), PAD)) == [20, 20, 5]
+    assert calls_of(lambda: prefill(llama.model, token_rows((25, 9)), PAD)) == [10, 10, 5]
+    assert calls_of(lambda: prefill(llama.model, token_rows((12,) * 4), PAD)) == calls_of(lambda: prefill(llama.model, token_rows((12,) * 9), PAD)) == [5, 5, 2]
+    for chunk, expected in ((None, [20, 20, 5]), (4, [5] * 9)):
+        ttt = attach(llama, chunk=chunk)
+        assert calls_of(lambda: write_rows(llama.model, ttt, token_rows((45,)), PAD)) == expected
+        memory = write_rows(llama.model, ttt, token_rows((9,)), PAD)[0]
+        with ttt.read(memory) as reader:
+            assert calls_of(lambda: prefill(llama.model, token_rows((12,)), PAD, session=reader)) == [5, 5, 2]
+        ttt.detach()
+
+
 def test_a_text_of_exactly_one_segment_and_one_token_more(llama, attach, monkeypatch):
     ttt = attach(llama, chunk=4)
     for length in (8, 9):
@@ -181,6 +203,7 @@ def one_pass(model, row):
 @pytest.mark.parametrize("segment", [1024, 7])
 def test_beyond_the_sliding_window_the_cache_says_what_one_pass_says(narrow, segment, monkeypatch):
     monkeypatch.setattr(decoding, "SEGMENT", segment)
+    monkeypatch.setattr(decoding, "FULL", 1)
     row, tail = token_rows((60, 9))
     _, past = prefill(narrow, [row], PAD)
     logits, past = prefill(narrow, [tail], PAD, past)

@@ -59,7 +59,7 @@ def test_lean_mlps_give_the_same_bits_keep_less_and_can_be_undone(name):
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and before[1].abs().max() > 0
     feed_forward = model.get_decoder().layers[0].mlp.up_proj.out_features
     assert after[2] <= before[2] - len(plain) * ids.numel() * feed_forward * 4
-    lean.undo(model, plain)
+    lean.swap(model, plain)
     assert dict(model.named_modules()) == modules
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before[0])

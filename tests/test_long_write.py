@@ -162,6 +162,7 @@ def test_a_text_in_many_calls_is_not_copied_with_each(attach, monkeypatch):
     loaded, calls = tiny("tiny-llama", torch.float32), []
     ttt = attach(loaded, layers=(1, 2), **DEEP)
     monkeypatch.setattr(decoding, "SEGMENT", 10)
+    monkeypatch.setattr(decoding, "FULL", 1)
     monkeypatch.setattr(sessions, "joined", lambda parts: calls.append([len(some) for some in parts.values()]) or joined(parts))
     write_rows(loaded.model, ttt, token_rows((95,)), PAD)
     assert calls == [[10, 10]]
@@ -176,6 +177,7 @@ def test_what_is_dropped_runs_no_layer_above_the_last_and_leaves_the_same_memory
     loaded, ran = tiny(name, torch.float32), []
     ttt = attach(loaded, layers=(0, 2), **(DEEP if form == "deep" else dict(chunk=4)))
     monkeypatch.setattr(decoding, "SEGMENT", 30)
+    monkeypatch.setattr(decoding, "FULL", 1)
     first, rows = write_rows(loaded.model, ttt, token_rows((9, 5), seed=3), PAD)[0], token_rows((70, 33))
     kept, past = write_rows(loaded.model, ttt, rows, PAD, first)
     layers = list(loaded.model.get_decoder().layers)
