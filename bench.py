@@ -24,8 +24,9 @@ import torch
 
 from bench_report import HEADER, Line, draw, text_of
 from bench_whole import whole
-from decoding import answers_to, call_length, heard, kv_bytes_per_token, prefill, write_rows
+from decoding import answers_to, call_length, greedy, heard, kv_bytes_per_token, prefill, write_rows
 from in_place_ttt import InPlaceTTT
+from long_modes import asked
 from lean import compilable, fuse_norms, lean_mlps, swap
 from manifests import UserError, provenance, run_script, write_json
 from memory import Memory
@@ -51,13 +52,14 @@ class Sizes:
     compiled: tuple[int, ...]              # likewise, with the base's layers compiled
     lengths: tuple[int, ...]               # of the conversations behind a memory that is read
     ranks: tuple[int, ...]                 # that a memory is cut to
+    long: tuple[int, ...]                  # tokens of the documents that are asked about in the modes of long_modes.py
     square: int                            # of the matrices that the machine is measured with
     limit: int | None                      # conversations a level and language of the whole experiment
     rounds: int
 
 
-SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (2, 3), (TEXT, 1024, 4096, 32768), (64, 16), 8192, None, 3),
-         "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (), (TEXT, 512, 2048), (64, 16), 1024, 2, 3)}
+SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (2, 3), (TEXT, 1024, 4096, 32768), (64, 16), (2048, 8192, 32768), 8192, None, 3),
+         "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (), (TEXT, 512, 2048), (64, 16), (1024,), 1024, 2, 3)}
 
 
 class Way(NamedTuple):
@@ -353,6 +355,29 @@ def read(bench: Bench) -> None:
         bench.compare("read", f"{count} at once, one memory", ways, PROMPT + NEW)
 
 
+@torch.inference_mode()
+def ask_about(bench: Bench, ttt, mode: str, documents, questions) -> None:
+    """Answers of NEW tokens about long documents, in a mode of long_modes.py."""
+    with asked(bench.model, bench.loaded.tokenizer, ttt, mode, documents, questions) as (logits, past, session):
+        greedy(bench.model, bench.loaded.tokenizer, logits, past, NEW, session, early_stop=False)
+
+
+def long(bench: Bench) -> None:
+    """A question of PROMPT tokens about one document of a longer and longer length, in each mode, with the study's form and with codes."""
+    cost, question = bench.cost, bench.rows(1, PROMPT)
+    for length in bench.sizes.long:
+        document = bench.rows(1, length - PROMPT - NEW)
+        tokens = len(document[0])
+        for form in ("study", "codes"):
+            with bench.attached(getattr(bench.loaded.row, form), document) as ttt:
+                memory, top = bench.memory_cost(ttt), max(ttt.config.layers) + 1
+                wrote = memory.write(tokens, bench.slots * tokens) if ttt.config.codes else memory.write_chunks(tokens)
+                whole = cost.answer(tokens + PROMPT, NEW)
+                work = {"in_context": whole, "ttt_paper": whole + wrote, "ttt_strict": cost.forward(tokens, predicted=0, layers=top) + wrote + cost.answer(PROMPT, NEW)}
+                ways = {mode: Way(lambda mode=mode: ask_about(bench, ttt, mode, document, question), 1, needed) for mode, needed in work.items()}
+                bench.compare("long", f"{length:,} tokens, {form}", ways, length)
+
+
 def sizes_of_memory(bench: Bench) -> None:
     """Bytes of one conversation's memory, whole, in half precision and cut to a rank, beside its KV cache and the public way's dense matrices. Of shapes alone: what
     of the answers is kept are the conditions B_half and B_rank of run_experiment.py."""
@@ -366,7 +391,7 @@ def sizes_of_memory(bench: Bench) -> None:
         print(f"bytes   {TEXT} tokens {what:30s}{size / 1e6:10.3f} MB")
 
 
-PARTS = {"machine": machine, "probe": probe, "write": write, "train": train, "read": read, "bytes": sizes_of_memory, "whole": whole}
+PARTS = {"machine": machine, "probe": probe, "write": write, "train": train, "read": read, "long": long, "bytes": sizes_of_memory, "whole": whole}
 
 
 # ---- the command ----

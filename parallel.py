@@ -152,10 +152,12 @@ def process_group() -> Iterator[Group]:
     dist.destroy_process_group()
 
 
-def check_sharding(group: Group, joint: bool) -> None:
+def check_sharding(group: Group, joint: bool, compiled: bool) -> None:
     """UserError where a base cannot be spread over the group's processes."""
     if group.size == 1:
         raise UserError("--shard-base: there is one process to spread the base over; start several with torchrun --standalone --nproc-per-node N")
+    if compiled:
+        raise UserError("--shard-base: a base that is spread over processes gathers each layer as it is called; leave --compile or --shard-base out")
     if joint:  # FSDP2 brings a layer's weights back when a gradient comes to its output; that of a write comes in between, at the MLP's input
         raise UserError("--shard-base: the gradient of a joint arm's write enters a layer where its weights are not there; leave --joint or --shard-base out")
 

@@ -29,10 +29,10 @@ HERE = Path(__file__).parent
 SMOLLM2, QWEN, GEMMA = ("--model", "smollm2-135m"), ("--model", "qwen2.5-coder-0.5b"), ("--model", "gemma3-270m")
 TRAIN = ("--workers", "6", "--save-every", "150")
 JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
-# The study trains 400 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words). Estimated, not measured: an update of smollm2-tuned
-# (19,200 tokens) took 0.39 s on an H200 and one of qwen-tuned (17,200) 0.32 s, so 2 to 3 minutes an arm; `--w-down` adds no forward, recall the questions.
+# The study trains 200 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words). Estimated, not measured: an update of smollm2-tuned
+# (19,200 tokens) took 0.39 s on an H200 and one of qwen-tuned (17,200) 0.32 s, so 1 to 2 minutes an arm; `--w-down` adds no forward, recall the questions.
 # The arms that go on at length: 200 updates of 32,768 tokens; one of smollm2-deep (41,300) took 0.48 s, so 2 minutes and what attention over 2,048 adds.
-STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "400", "--warmup", "20", "--lr", "0.001")
+STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
 LONG = ("--lengths", "1024,2048,4096,8192", "--count", "20", "--workers", "6")
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"

@@ -305,7 +305,7 @@ def train_arm(group: Group) -> None:
         be_deterministic()
     row = arguments.row
     if arguments.shard_base:
-        check_sharding(group, arguments.joint)
+        check_sharding(group, arguments.joint, arguments.compile)
     config, langs = ttt_config(arguments, row), bank_langs(arguments, row)
     if arguments.dropout and not (config and config.deep):
         raise UserError(f"--dropout {arguments.dropout:g}: this arm has no side streams to drop from; add --deep, or leave it out")

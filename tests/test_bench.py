@@ -18,7 +18,7 @@ from operations import pairs
 from public_way import CHUNK, PublicWay
 from test_run_experiment import small_benchmark
 
-SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), compiled=(), lengths=(20, 40), ranks=(4,), square=64, limit=1, rounds=2)
+SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), compiled=(), lengths=(20, 40), ranks=(4,), long=(120,), square=64, limit=1, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_every_part_reports_its_ways_side_by_side(run):
     for line in report["lines"]:
         ways.setdefault((line["part"], line["case"]), []).append(line)
         assert line["seconds"] > 0 and line["ratio"] > 0 and line["peak_gb"] is None and text_in(out, line)
-    assert {part for part, _ in ways} == {"probe", "write", "train", "read", "whole"}
+    assert {part for part, _ in ways} == {"probe", "write", "train", "read", "long", "whole"}
     assert all(lines[0]["ratio"] == 1.0 for lines in ways.values())
     (probe,) = [lines for (part, _), lines in ways.items() if part == "probe"]
     assert [line["way"] for line in probe] == ["base", "memory", "base, shared beginning", "memory, shared beginning", "public, one at a time"]
@@ -225,6 +225,20 @@ def test_the_operations_of_a_memory_are_those_that_torch_counts(tiny, what):
             predicted = cost.read(length + bench.NEW - 1, slots, what == "read dense")
             unseen = 2 * 4 * 64 * (length * (length - 1) / 2 + sum(bench.NEW - n for n in range(1, bench.NEW)))
         assert added == pytest.approx(predicted + unseen, rel=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_in_place_for_a_step_alone(tiny, monkeypatch):
+    """The step's loss is that of the layers as they are, and these stand where they stood when it is over."""
+    small, losses = bench.Bench(tiny, replace(SMALL, batches=(1,), compiled=(1,), rounds=1)), []
+    monkeypatch.setattr(bench, "lm_step", lambda *how: losses.append(lm_step(*how)) or losses[-1])
+    monkeypatch.setattr(bench, "train_answers", lambda *_: None)
+    before, monitored = dict(tiny.model.named_modules()), small.rows
+    monkeypatch.setattr(small, "rows", lambda count, length: [list(range(100)) * 2] * count if length == bench.TRAINED else monitored(count, length))
+    bench.train(small)
+    assert dict(tiny.model.named_modules()) == before
+    assert [line.way for line in small.lines][2:] == ["memory, 1 at once", "memory, compiled, 1 at once"]
+    assert len(losses) == 4 and all(step.loss.item() == pytest.approx(losses[0].loss.item(), rel=1e-5) for step in losses)
 
 
 def test_a_run_that_ends_early_keeps_the_parts_before(run, monkeypatch):

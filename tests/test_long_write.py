@@ -168,6 +168,30 @@ def test_a_text_in_many_calls_is_not_copied_with_each(attach, monkeypatch):
     assert calls == [[10, 10]]
 
 
+# ---- few slots ----
+
+@pytest.mark.parametrize("slots, inverts", [(1, True), (6, True), (8, True), (9, False), (20, False)])
+def test_few_slots_are_solved_for_as_many_are(slots, inverts, monkeypatch):
+    """A quarter of the hidden size (32) is few. Both ways give what a plain solve gives; a token without trust gets value 0; training never inverts."""
+    generator = torch.Generator().manual_seed(slots)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    keys, wanted, trust = draw(3, slots, 16), draw(3, slots, 32), draw(3, slots).abs() * 5
+    trust[0, 0] = 0.0
+    called, original = [], torch.linalg.solve_triangular
+    monkeypatch.setattr(torch.linalg, "solve_triangular", lambda *a, **kw: called.append(1) or original(*a, **kw))
+    found = solve(keys, wanted, trust, None)
+    assert bool(called) == inverts
+    with torch.enable_grad():
+        taught = solve(keys, wanted.clone().requires_grad_(), trust, None).detach()
+    assert len(called) == inverts
+    root = trust.sqrt()
+    square = root[:, :, None] * (keys @ keys.mT) * root[:, None] + torch.eye(slots, dtype=torch.float64)
+    expected = torch.linalg.solve(square, wanted * root[..., None]) * root[..., None]
+    for values in (found, taught):
+        torch.testing.assert_close(values, expected, atol=1e-11, rtol=1e-9)
+    assert not found[0, 0].any()
+
+
 # ---- a text that is dropped ----
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -21,7 +21,7 @@ import run_experiment
 import train_minimal
 import training_bank
 from manifests import UserError, read_manifest, run_script
-from parallel import Group
+from parallel import Group, check_sharding
 from training_data import Batch, Example
 from update_parts import part_of
 
@@ -120,6 +120,8 @@ def test_a_base_is_not_spread_over_one_process_nor_under_a_joint_arm(together, r
         together(2, train_minimal.main, training(tmp_path, "joint", "--shard-base"))
     said = "".join(together.said)
     assert "leave --joint or --shard-base out" in said and len(said.splitlines()) == 1 and not (tmp_path / "a").exists()  # one of two says it
+    with pytest.raises(UserError, match="leave --compile or --shard-base out"):
+        check_sharding(Group(0, 2), joint=False, compiled=True)
 
 
 def test_training_goes_on_with_another_number_of_processes_after_one_has_failed(curve, together, run_main, tmp_path):

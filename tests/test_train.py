@@ -340,6 +340,21 @@ def test_next_token_objective_by_command(tmp_path, call):
     assert all(row["grad_norm"] > 0 and row["loss"] > 0 for row in rows) and len(rows) == 4
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_the_same_arm_and_are_part_of_what_a_run_is(tmp_path, call):
+    (tmp_path / "texts.txt").write_text("some words about a boat that went out and came back\n\nand others about a hill behind the town\n")
+    how = command(tmp_path, "--data", tmp_path / "texts.txt", "--chunk", 8, "--dtype", "float32", objective="lm", updates=2)
+    assert call(how)[0] == 0
+    compiled = ["b" if part == "a" else part for part in how]
+    assert call([*compiled, "--compile"])[0] == 0
+    one, other = (log_rows(tmp_path / name) if name == "a" else [json.loads(line) for line in (tmp_path / "b/train.jsonl").read_text().splitlines()] for name in "ab")
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-4) and len(one) == 2
+    assert [read_manifest(tmp_path / name)["optimizer"]["compile"] for name in "ab"] == [False, True]
+    trained = [load_file(tmp_path / name / "adapter.safetensors") for name in "ab"]
+    for key, value in trained[0].items():
+        torch.testing.assert_close(value.float(), trained[1][key].float(), atol=2e-3, rtol=2e-3)
+
+
 def test_next_token_objective_on_one_chunk_is_refused(tmp_path, call):
     code, _, err = call(command(tmp_path, "--chunk", "whole", objective="lm"))
     assert code == 2 and len(err.splitlines()) == 1 and "--chunk whole" in err and not any(tmp_path.iterdir())
