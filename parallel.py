@@ -113,7 +113,8 @@ class Group:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UserError("another process of this run, or torchrun, has ended before its time; "
+            said = next(iter(str(error).splitlines()), "no reason given")
+            raise UserError(f"another process of this run, or torchrun, has ended before its time, or they cannot reach each other ({said}); "
                             "what is in the run's folder is kept, go on with --resume") from error
 
 
@@ -143,7 +144,8 @@ def process_group() -> Iterator[Group]:
         if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
             raise UserError("several machines in one run are not supported, since its folder is locked and written on one; "
                             "use torchrun --standalone --nproc-per-node N")
-        dist.init_process_group(store=dist.PrefixStore("collectives", store), rank=rank, world_size=size, timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # in words: left out, torch takes NCCL alone, and counts and flags are sums on the CPU
+        dist.init_process_group(backend, store=dist.PrefixStore("collectives", store), rank=rank, world_size=size, timeout=PATIENCE)
         yield group
     except (Exception, KeyboardInterrupt):
         if not group.speaks():  # the same error on every process, or what follows from another one's
