@@ -3,7 +3,7 @@
     python bench_processes.py --model qwen3-8b --weights random --processes 2 --device cuda
 
 Both do the same work: all questions of B_memory in English, whose batches the processes share out, and the same updates of a recall arm with codes, whose
-memories they share out. It runs itself under torchrun for the several; loading, and one warm-up of each, are not timed, nor is the making of the data. Random
+memories they share out. It runs itself under torchrun for the several; loading, and a warm-up of each (of training every update), are not timed, nor is the making of the data. Random
 weights have the shapes and the speed of the real ones, and no meaning. Prints one table; writes OUT/MODEL-DEVICE-processes.json.
 """
 from __future__ import annotations
@@ -49,7 +49,7 @@ def time_questions(bench: Bench, group: Group) -> dict:
     benchmark = benchmark_file.load_benchmark(bench.benchmark)
     texts = Texts(benchmark, bench.loaded.tokenizer)
     samples = benchmark_file.select_samples(benchmark, benchmark_file.LEVELS, ("en",), bench.sizes.limit)
-    jobs = plan([CONDITIONS["B_memory"]], samples, set(), texts, bench.sizes.probes)
+    jobs = plan([CONDITIONS["B_memory"]], samples, set(), texts, bench.sizes.probes // 2)  # the last batch is waited for
     with bench.attached() as ttt:
         ask = lambda number: answer(bench.loaded, ttt, jobs[number], texts, NEW, early_stop=False)
         ask(0)
@@ -72,7 +72,8 @@ def time_training(bench: Bench, group: Group, conversations: int, updates: int) 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        train(batches[0])
+        for batch in batches:  # each once: of other shapes a GPU's memory is asked for anew, which a long training does not see again
+            train(batch)
         seconds = seconds_of(group, bench.device, lambda: [train(batch) for batch in batches])
     return {"part": "train", "work": f"{updates} updates of {conversations} conversations", "seconds": seconds}
 

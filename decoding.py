@@ -121,7 +121,7 @@ def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memor
     Keep the Past to read with the text still in context. dropped: for the KV-stripped conditions there is none (None), and nothing runs above
     the last TTT layer.
     """
-    with ttt.write(memory) as writer, lowest(model, max(ttt.config.layers) + 1) if dropped else contextlib.nullcontext():
+    with ttt.write(memory, dropped=dropped) as writer, lowest(model, max(ttt.config.layers) + 1) if dropped else contextlib.nullcontext():
         for ids, mask in segments(model, rows, pad_id, writer):
             _, past = forward_all(model, ids, mask, past, writer, keep=None)
     if dropped:

@@ -191,8 +191,8 @@ class FastWeight(nn.Module):
 
         Nothing comes over a chunk border.
         """
-        chunk_BS = chunk_of(held.position, self.config.chunk)
-        taps = lambda x, conv: convolve(self.scaled(x), conv, held.real, chunk_BS, column_BC)
+        near = neighbours(held.real, chunk_of(held.position, self.config.chunk), self.config.kernel, column_BC)
+        taps = lambda x, conv: convolve(self.scaled(x), conv, *near)
         content_BCD = self.project(taps(held.x if self.config.target == "hidden_states" else held.source, self.conv), "proj")
         if self.config.target == "both":
             content_BCD = content_BCD + self.project(taps(held.x, self.conv_x), "proj_x")
@@ -363,30 +363,33 @@ def code_sizes(feed_forward: int) -> tuple[int, int]:
     return first, feed_forward // first
 
 
-def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, mask_BS: torch.Tensor, chunk_BS: torch.Tensor,
-             column_BC: torch.Tensor | None = None) -> torch.Tensor:
-    """Depthwise symmetric conv over each row's real tokens, never across a chunk border, at these columns, [B, C, D] (None: at all);
-    0 at pads' columns or not does not matter, because a pad has no weight.
+def neighbours(mask_BS: torch.Tensor, chunk_BS: torch.Tensor, taps: int, column_BC: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, whether it counts), both [B, C, K]: the K real tokens around each of these columns (None: around all), itself in the middle.
 
-    Neighbours are counted in tokens, not columns, so pads anywhere do not matter. So many columns at a time as ROOM has place for.
+    Neighbours are counted in tokens, not columns, so pads anywhere do not matter; beyond the row's ends or a chunk's border there is none. Of a pad's
+    own neighbours nothing is said: it has no weight.
     """
-    (batch, width, hidden), taps = x_BSD.shape, conv_DK.shape[1]
-    order_BS = leading(mask_BS, width)  # the column of each real token in order, then the pads'
-    place_BC = order_BS.argsort(dim=1)
-    chunk_BS = torch.where(mask_BS, chunk_BS, -1).gather(1, order_BS)  # pads belong to no chunk
-    if column_BC is not None:
-        place_BC = place_BC.gather(1, column_BC)
-    near_BCK = place_BC.unsqueeze(-1) + torch.arange(taps, device=x_BSD.device) - taps // 2
-    inside_BCK = (near_BCK >= 0) & (near_BCK < width)
-    of = lambda t_BS: t_BS.gather(1, near_BCK.clamp(0, width - 1).flatten(1)).unflatten(1, near_BCK.shape[1:])
-    met_BCK = inside_BCK & (of(chunk_BS) == chunk_BS.gather(1, place_BC).unsqueeze(-1))
+    width = mask_BS.shape[1]
+    place_BS = mask_BS.cumsum(1) - 1
+    order_S = torch.arange(width, device=mask_BS.device)
+    column_BS = torch.zeros_like(place_BS).scatter(1, torch.where(mask_BS, place_BS, width - 1), order_S.expand_as(place_BS))  # of each real token in order; with a pad, the last place is free
+    if column_BC is None:
+        column_BC = order_S.expand_as(place_BS)
+    near_BCK = place_BS.gather(1, column_BC).unsqueeze(-1) + torch.arange(taps, device=mask_BS.device) - taps // 2
+    of = lambda t_BS, at_BCK: t_BS.gather(1, at_BCK.flatten(1)).unflatten(1, at_BCK.shape[1:])
+    found_BCK = of(column_BS, near_BCK.clamp(0, width - 1))
+    counts_BCK = (near_BCK >= 0) & (near_BCK < mask_BS.sum(1)[:, None, None]) & (of(chunk_BS, found_BCK) == chunk_BS.gather(1, column_BC).unsqueeze(-1))
+    return found_BCK, counts_BCK
 
-    def some(column_BCK: torch.Tensor, met_BCK: torch.Tensor) -> torch.Tensor:
+
+def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, column_BCK: torch.Tensor, counts_BCK: torch.Tensor) -> torch.Tensor:
+    """Depthwise conv, [B, C, D], over the columns that `neighbours` gives; so many of them at a time as ROOM has place for."""
+    def some(column_BCK: torch.Tensor, counts_BCK: torch.Tensor) -> torch.Tensor:
         tap_BCKD = pick_columns(x_BSD, column_BCK.flatten(1)).unflatten(1, column_BCK.shape[1:])
-        return sum((tap_BCKD * met_BCK.unsqueeze(-1) * conv_DK.T).unbind(2))
+        return sum((tap_BCKD * counts_BCK.unsqueeze(-1) * conv_DK.T).unbind(2))
 
-    at_once = max(1, ROOM // (batch * taps * hidden))
-    return torch.cat([some(*part) for part in zip(of(order_BS).split(at_once, 1), met_BCK.split(at_once, 1))], 1)
+    at_once = max(1, ROOM // (len(x_BSD) * conv_DK.numel()))
+    return torch.cat([some(*part) for part in zip(column_BCK.split(at_once, 1), counts_BCK.split(at_once, 1))], 1)
 
 
 def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -61,6 +61,9 @@ class TTTMLP(nn.Module):
         session = owner.session
         if session is None:
             return self.base(x_BLD)
+        if session.ends == self.index:  # nothing reads what this layer gives, and codes are made of x alone
+            session.layer(self.index, x_BLD, x_BLD)
+            return torch.zeros_like(x_BLD)
         h_BLF = gated(self.base, x_BLD)
         share_BLD = session.layer(self.index, x_BLD, h_BLF)
         out_BLD = self.base.down_proj(h_BLF)
@@ -146,16 +149,17 @@ class InPlaceTTT(nn.Module):
             if hook is not None:
                 hook.remove()
 
-    def write(self, memory: Memory | None = None, differentiable: bool = False, form: str = "parallel"):
+    def write(self, memory: Memory | None = None, differentiable: bool = False, form: str = "parallel", dropped: bool = False):
         """Context in which every forward of the model writes. Announce each call's tokens with `writer.expect(mask)`.
 
         Args:
             memory: what was written before; it is applied from the first token on, and the result continues it.
             differentiable: keep what was written so that `writer.memory()` carries gradients to the adapter.
             form: "parallel" (block-causal linear attention) or "sequential" (a running W, chunk after chunk: the oracle).
+            dropped: nothing reads what the model's calls return, so a form that needs no h leaves the last TTT layer's MLP out.
         Yields the Writer; after the context, `writer.memory()` flushes the last, partial chunk and returns the Memory.
         """
-        return self._mode(Writer(self, memory, differentiable, form))
+        return self._mode(Writer(self, memory, differentiable, form, dropped))
 
     def read(self, memory: Memory, watch_BL: torch.Tensor | None = None):
         """Context in which the model answers with `memory` attached; nothing is written.

@@ -85,7 +85,7 @@ def recall_step(loaded: Loaded, ttt: InPlaceTTT, batch: Batch, device, weights: 
     ids, mask = pad_right([example.written for example in batch.examples], pad_id, device, part.width)
     # what neither a LoRA, W_down nor an earlier chunk changes carries no gradient while it is written; the values, made of it in memory(), do
     changing = lora is not None or ttt.config.w_down or ttt.config.chunk is not None
-    with torch.set_grad_enabled(changing), ttt.write(differentiable=True) as writer, lowest(loaded.model, max(ttt.config.layers) + 1) as decoder:
+    with torch.set_grad_enabled(changing), ttt.write(differentiable=True, dropped=True) as writer, lowest(loaded.model, max(ttt.config.layers) + 1) as decoder:
         writer.expect(mask)
         decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = writer.memory(batch.group)

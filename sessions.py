@@ -26,6 +26,7 @@ class Reader:
     and each of its forward calls is announced with `expect`.
     """
 
+    ends = None  # the layer after which nothing is read; see Writer
     long_calls = False  # the read attention looks at every pair of a call's tokens and those before
 
     def __init__(self, owner, memory: Memory, watch_BL: torch.Tensor | None = None):
@@ -152,7 +153,7 @@ def joined(parts: dict[int, list[Pending]]) -> dict[int, Pending]:
 class Writer:
     """One text being written, over one or several forward calls (see InPlaceTTT.write)."""
 
-    def __init__(self, owner, memory: Memory | None, differentiable: bool, form: str):
+    def __init__(self, owner, memory: Memory | None, differentiable: bool, form: str, dropped: bool = False):
         if form not in ("parallel", "sequential"):
             raise ValueError(f"form is {form!r}; use parallel or sequential")
         if memory is not None:
@@ -160,9 +161,11 @@ class Writer:
         self.owner, self.start = owner, memory
         self.needs_embeddings = owner.config.target != "hidden_states"
         self.differentiable, self.form = differentiable, form
+        self.ends = max(owner.config.layers) if dropped and owner.config.codes and form == "parallel" else None
         self.long_calls = owner.config.chunk is None  # chunks are read within a call pair by pair; a whole text's tokens are only kept until its end
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self._parts: dict[int, list[Pending]] = {}  # of each layer, call by call
+        self._made: dict[int, LayerMemory] = {}     # what a differentiable write of chunks has made of all tokens so far, for those that read finished chunks
         self.slots: Slots | None = None  # of all tokens, layer by layer in order: [layers, B, ...], after memory() of a differentiable write
         self.wanted: dict[int, tuple[LayerMemory, torch.Tensor]] = {}  # likewise: each layer's keys with what they are to answer, and the strength [B, S] of each
         self.tokens_B: torch.Tensor | None = None
@@ -227,6 +230,8 @@ class Writer:
         query_BLF = fast.query(x_BLD, new.h)
         value_BSD = fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1)
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
+        if self.differentiable:
+            self._made[index] = LayerMemory.factored(slots.keys.detach(), value_BSD.detach(), sizes=fast.sizes)
         score_BLS = meets(query_BLF, slots.keys, fast.sizes).to(value_BSD.dtype) * visible_BLS
         share_BLD = score_BLS @ value_BSD
         if index in self.done:
@@ -294,6 +299,8 @@ class Writer:
 
     def _flush(self, pending: dict[int, Pending], group: int) -> dict[int, LayerMemory]:
         """What the tokens still held (pending) add to each layer."""
+        if self._made and not torch.is_grad_enabled():
+            return self._made
         config, held, at_once = self.owner.config, next(iter(pending.values())), self._layers_at_once(pending)
         # of the tokens, so alike in all layers; a differentiable write keeps it for the backward pass anyway
         bias_BHSS = write_bias(held, config) if self.differentiable else whole_or_long(held, config)

@@ -42,7 +42,8 @@ class Part:
         """What this process has in the mean over all: its own sum over everybody's count (or 1 where nobody has any)."""
         if self.group.size == 1:
             return summed / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
-        return self.counted(summed) / self.total(torch.as_tensor(count, device=summed.device)).clamp(min=1)
+        count = count if isinstance(count, torch.Tensor) else torch.full((), count, device=summed.device)  # a copy from the host would wait for the GPU
+        return self.counted(summed) / self.total(count).clamp(min=1)
 
     def rivals(self, key_YBSK: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """(keys and mask of the rows among whose tokens the own rows' addresses are to be found, how many of these stand before the own, rows of a block).

@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -227,9 +228,9 @@ def test_the_operations_of_a_memory_are_those_that_torch_counts(tiny, what):
         assert added == pytest.approx(predicted + unseen, rel=0.1)
 
 
-@pytest.mark.slow
 def test_compiled_layers_are_in_place_for_a_step_alone(tiny, monkeypatch):
     """The step's loss is that of the layers as they are, and these stand where they stood when it is over."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # a real compiler's threads are not survived by tests that fork
     small, losses = bench.Bench(tiny, replace(SMALL, batches=(1,), compiled=(1,), rounds=1)), []
     monkeypatch.setattr(bench, "lm_step", lambda *how: losses.append(lm_step(*how)) or losses[-1])
     monkeypatch.setattr(bench, "train_answers", lambda *_: None)

@@ -207,10 +207,13 @@ def test_what_is_dropped_runs_no_layer_above_the_last_and_leaves_the_same_memory
     layers = list(loaded.model.get_decoder().layers)
     hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
     head = loaded.model.get_output_embeddings().register_forward_hook(lambda *_: ran.append("head"))
+    products = []
+    hooks.append(layers[2].mlp.base.up_proj.register_forward_hook(lambda *_: products.append(1)))
     memory, nothing = write_rows(loaded.model, ttt, rows, PAD, first, dropped=True)
     for hook in (*hooks, head):
         hook.remove()
     assert memory.digest() == kept.digest() and nothing is None and past.mask.shape == (2, 70)
+    assert len(products) == (0 if form == "deep" else 3)  # codes are made of x alone, so the last MLP is for nothing
     assert ran == [0, 1, 2] * 3 and list(loaded.model.get_decoder().layers) == layers
 
 

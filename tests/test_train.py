@@ -18,9 +18,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from conftest import FAMILIES, hear_ctrl_c, strengthen, tiny, token_rows
 
 import arms
+import fast_weight
 import in_place_ttt
 import model_utils
 import objectives
@@ -138,6 +140,25 @@ def test_without_what_was_written_conv_and_projection_get_no_gradient(name, atta
     monkeypatch.setattr(in_place_ttt.Writer, "memory", lambda self, group: memory(self, group).scale(0.0))
     recall_step(loaded, ttt, conversations(), CPU).loss.backward()
     assert all(not p.grad.any() for p in ttt.parameters())
+
+
+def test_without_gradients_the_memory_of_an_lm_step_is_not_made_again(attached, monkeypatch):
+    """It is what finished chunks were read from, of all tokens: the memory of a plain write."""
+    loaded, rows = tiny("tiny-llama"), token_rows((37, 20))
+    ttt = strengthen(attached(loaded, layers=(1, 2), chunk=8, gate=True))
+    made, contents = [], fast_weight.FastWeight.contents
+    monkeypatch.setattr(fast_weight.FastWeight, "contents", lambda self, *how: made.append(1) or contents(self, *how))
+    memory = lm_step(loaded, ttt, rows, CPU).memory
+    assert len(made) == 2
+    ids, mask = objectives.pad_right(rows, loaded.tokenizer.pad_token_id, CPU)
+    with torch.no_grad(), ttt.write() as writer:
+        writer.expect(mask)
+        loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    plain = writer.memory()
+    assert memory.tokens.equal(plain.tokens) and memory.chunks.equal(plain.chunks)
+    for index, layer in memory.layers.items():
+        torch.testing.assert_close(layer.to_dense().update, plain.layers[index].to_dense().update, atol=1e-12, rtol=1e-9)
+        assert not layer.values.requires_grad and layer.norm().min() > 0
 
 
 def test_the_next_token_objective_on_one_chunk_has_nothing_to_learn_from(attached):
@@ -340,8 +361,10 @@ def test_next_token_objective_by_command(tmp_path, call):
     assert all(row["grad_norm"] > 0 and row["loss"] > 0 for row in rows) and len(rows) == 4
 
 
-@pytest.mark.slow
-def test_compiled_layers_train_the_same_arm_and_are_part_of_what_a_run_is(tmp_path, call):
+def test_compiled_layers_train_the_same_arm_and_are_part_of_what_a_run_is(tmp_path, call, monkeypatch):
+    """Traced and parted into forward and backward as for a real compiler, whose own threads the tests that fork would not survive."""
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     (tmp_path / "texts.txt").write_text("some words about a boat that went out and came back\n\nand others about a hill behind the town\n")
     how = command(tmp_path, "--data", tmp_path / "texts.txt", "--chunk", 8, "--dtype", "float32", objective="lm", updates=2)
     assert call(how)[0] == 0
@@ -349,7 +372,7 @@ def test_compiled_layers_train_the_same_arm_and_are_part_of_what_a_run_is(tmp_pa
     assert call([*compiled, "--compile"])[0] == 0
     one, other = (log_rows(tmp_path / name) if name == "a" else [json.loads(line) for line in (tmp_path / "b/train.jsonl").read_text().splitlines()] for name in "ab")
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-4) and len(one) == 2
-    assert [read_manifest(tmp_path / name)["optimizer"]["compile"] for name in "ab"] == [False, True]
+    assert [read_manifest(tmp_path / name)["optimizer"]["compile"] for name in "ab"] == [False, True] and backend.frame_count
     trained = [load_file(tmp_path / name / "adapter.safetensors") for name in "ab"]
     for key, value in trained[0].items():
         torch.testing.assert_close(value.float(), trained[1][key].float(), atol=2e-3, rtol=2e-3)
