@@ -126,28 +126,33 @@ class LayerMemory:
         each = sum(t.shape[2:].numel() * t.element_size() for t in self.tensors().values())  # of a slot, or of a line of a dense update
         return each * (torch.full((self.batch,), self.update.shape[1], device=self.update.device) if self.is_dense else (self.values != 0).any(-1).sum(1))
 
-    def read(self, query_NLF: torch.Tensor) -> torch.Tensor:
-        """query dW^T, [N, L, F] (or codes, [N, L, K]) -> [N, L, D] in the memory's dtype.
+    def read(self, query_NLF: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """query dW^T, [N, L, F] (or codes, [N, L, K]) -> [N, L, D]. dtype: see ready.
 
         N is a multiple of the memory's B rows: N / B neighbouring queries share one row without a copy of it.
         """
         if query_NLF.shape[0] % self.batch:
             raise ValueError(f"a memory of {self.batch} rows cannot serve a batch of {query_NLF.shape[0]}; use memory.select(rows)")
-        query_BMF, wide = query_NLF.reshape(self.batch, -1, query_NLF.shape[2]), self.ready()
+        query_BMF, wide = query_NLF.reshape(self.batch, -1, query_NLF.shape[2]), self.ready(dtype)
         if self.is_dense:
             out_BMD = expand(query_BMF, self.sizes).to(wide.update.dtype) @ wide.update.transpose(1, 2)
         else:  # a dense update that was compacted has keys of the update's dtype
             out_BMD = meets(query_BMF.to(wide.keys.dtype), wide.keys, self.sizes).to(wide.values.dtype) @ wide.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
 
-    def ready(self) -> "LayerMemory":
-        """The same memory as it is read over and over, cast once for all calls: codes are few numbers, so they meet in float32, and what is kept
-        in half precision is read in float32."""
+    def ready(self, dtype: torch.dtype = torch.float32) -> "LayerMemory":
+        """The same memory as it is read over and over, cast once for all calls.
+
+        dtype: of values and of a dense update, whose products cost the most; codes are few numbers and meet in float32 whatever it is, and so do keys
+        that were kept in half precision. A float64 memory stays what it is.
+        """
         kept = self.update if self.is_dense else self.values
         wide = torch.promote_types(kept.dtype, torch.float32)
-        if kept.dtype != wide:
-            return self.map(lambda t: t.to(wide))
-        return self if self.is_dense or not self.sizes or self.keys.dtype == wide else replace(self, keys=self.keys.to(wide))
+        products = wide if wide == torch.float64 else dtype
+        if self.is_dense:
+            return self if kept.dtype == products else replace(self, update=kept.to(products))
+        keys = self.keys.to(wide) if self.sizes or kept.dtype not in (wide, products) else self.keys
+        return self if (keys.dtype, kept.dtype) == (self.keys.dtype, products) else replace(self, keys=keys, values=kept.to(products))
 
     def half(self) -> "LayerMemory":
         """Every number rounded to bfloat16 and kept in it, half the bytes of float32."""

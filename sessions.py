@@ -34,7 +34,10 @@ class Reader:
         self.owner, self.memory, self.watch_BL = owner, memory, watch_BL
         self.queries: dict[int, torch.Tensor] = {}
         self.needs_embeddings = owner.config.deep
-        self._layers = {index: layer.ready() for index, layer in memory.layers.items()}
+        base = owner.down_proj(owner.config.layers[0]).weight.dtype
+        # a base in bfloat16 rounds what it is given to it anyway; training, which differentiates through the memory, reads in float32
+        self.dtype = torch.bfloat16 if base == torch.bfloat16 and not torch.is_grad_enabled() else torch.float32
+        self._layers = {index: layer.ready(self.dtype) for index, layer in memory.layers.items()}
         self._leads = {index: owner.fast[str(index)].lead(owner.streams["read"].inject(index)) for index in owner.config.layers} if owner.config.deep else {}
         self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
         self._seen: dict[int, tuple | FixedPair] = {}  # the read attention's keys and values by layer
@@ -92,7 +95,7 @@ class Reader:
             query_BLF = fast.query(x_BLD, h_BLF)
         if self.watch_BL is not None:
             self.queries[index] = query_BLF[self.watch_BL].to(h_BLF.dtype)  # as the keys are
-        return fast.taken(x_BLD, self._layers[index].read(query_BLF), opening_BL)
+        return fast.taken(x_BLD, self._layers[index].read(query_BLF, self.dtype), opening_BL)
 
     def _announced(self, index: int, x_BLD: torch.Tensor) -> tuple | FixedPair | None:
         """What was seen in the calls before; RuntimeError for a call that was not announced."""

@@ -776,6 +776,33 @@ def test_earlier_memory_and_segments_together(llama, attach, monkeypatch):
 
 # ---- reading ----
 
+@pytest.mark.parametrize("options", [dict(chunk=4), CODES | dict(read_attention=1, deep=True, rule="ridge")], ids=["plain", "deep"])
+@pytest.mark.parametrize("form", ["slots", "dense", "half"])
+def test_a_bfloat16_base_reads_values_in_bfloat16_and_a_float32_one_as_they_are(options, form, attach):
+    rows, question = token_rows((12, 9)), token_rows((6, 6), seed=2)
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = tiny("tiny-qwen3", dtype)
+        ttt = attach(loaded, layers=(1, 2), **options)
+        memory = write_rows(loaded.model, ttt, rows, PAD)[0]
+        memory = memory.dense() if form == "dense" else memory.half() if form == "half" else memory
+        with ttt.read(memory) as reader:
+            logits, _ = prefill(loaded.model, question, PAD, session=reader)
+            kept = [layer.update if form == "dense" else layer.values for layer in reader._layers.values()]
+            assert {t.dtype for t in kept} == {dtype}
+            if "codes" in options and form != "dense":
+                assert {layer.keys.dtype for layer in reader._layers.values()} == {torch.float32}
+        wide = {index: layer.ready() for index, layer in memory.layers.items()}
+        with ttt.read(memory) as reader:
+            reader._layers, reader.dtype = wide, torch.float32
+            exact, _ = prefill(loaded.model, question, PAD, session=reader)
+        off, _ = prefill(loaded.model, question, PAD)
+        moved, rounding = (exact - off).abs().max().item(), (logits - exact).abs().max().item()
+        assert moved > 1e-2 and (rounding == 0 if dtype == torch.float32 else rounding <= 0.05 * max(moved, exact.abs().max().item())), (moved, rounding)
+        with torch.enable_grad(), ttt.read(memory) as reader:
+            assert reader.dtype == torch.float32  # as in training
+        ttt.detach()
+
+
 @pytest.mark.parametrize("name, dense", [*((name, False) for name in FAMILIES), ("tiny-llama", True)])  # a dense update knows of no family
 def test_reading_200_tokens_never_writes(name, dense, attach, monkeypatch):
     family = tiny(name)
