@@ -10,7 +10,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 matplotlib.use("Agg")
 
-WAY_COLORS = {"public": "#D55E00", "base": "#999999"}
+WAY_COLORS = {"public": "#D55E00", "base": "#999999", "in_context": "#999999"}
 
 
 @dataclass

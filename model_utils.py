@@ -223,7 +223,8 @@ def load_model(name: str, device="cpu", dtype=torch.float32, random_weights: boo
     if random_weights and row.config is None:
         raise UserError(f"--model {name}: its architecture is not in the table, so it cannot be made with random weights")
     if row.hub is None or random_weights:
-        with torch.random.fork_rng(), torch.device(device):
+        device = torch.device(device)
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]), device:
             torch.manual_seed(0)
             model, tokenizer = AutoModelForCausalLM.from_config(row.config, dtype=torch.float32 if row.hub is None else dtype), byte_tokenizer()
         sha, source = (tensors_digest(dict(model.named_parameters())) if row.hub is None else "random"), "random weights, seed 0"

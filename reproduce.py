@@ -29,12 +29,14 @@ HERE = Path(__file__).parent
 SMOLLM2, QWEN, GEMMA = ("--model", "smollm2-135m"), ("--model", "qwen2.5-coder-0.5b"), ("--model", "gemma3-270m")
 TRAIN = ("--workers", "6", "--save-every", "150")
 JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
-# The study trains 200 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words). Estimated, not measured: an update of smollm2-tuned
-# (19,200 tokens) took 0.39 s on an H200 and one of qwen-tuned (17,200) 0.32 s, so 1 to 2 minutes an arm; `--w-down` adds no forward, recall the questions.
-# The arms that go on at length: 200 updates of 32,768 tokens; one of smollm2-deep (41,300) took 0.48 s, so 2 minutes and what attention over 2,048 adds.
+# The study trains 200 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words): 45 s for smollm2-study and 94 s for qwen-study, three
+# side by side on an H200. The arms that go on at length: 200 updates of 32,768 tokens, about one a second, two side by side.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
-LONG = ("--lengths", "1024,2048,4096,8192", "--count", "20", "--workers", "6")
+# All items of a task and length in one batch: of 128 new tokens a row, a step takes as long for 20 rows as for 5. In float32 four modes side by side
+# answered 23,000 tokens of prompts a second on an H200, too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
+LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "163840")
+SHORT, FAR = "1024,2048,4096,8192", "1024,2048,4096,8192,16384,32768"
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
 MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"
 BY_HAND = ("--benchmark", "natural_v1.json")
@@ -67,6 +69,7 @@ class Arm:
     start: str | None = None
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
     long: str | None = None       # modes in which run_long.py asks long texts
+    lengths: str = SHORT          # of these texts
     tuned: bool = False           # a LoRA that reads in context
 
     @property
@@ -78,13 +81,14 @@ class Arm:
         return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
 
 
-def study(base: str, rows: int, model=(), chunks=()) -> list[Arm]:
+def study(base: str, rows: int, model=(), chunks=(), far: str = SHORT) -> list[Arm]:
     """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, W_down trained along, our
-    objective on the same mechanism, and the first one with these chunks, in rows of twice the length."""
+    objective on the same mechanism, and the first one with these chunks, in rows of twice the length. far: lengths that the first one is asked."""
     arms = {"study": (*LM, *LONG_ROWS), "study-wdown": (*LM, *LONG_ROWS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {f"{base}-{name}": (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"{base}-study-{chunk}": (*LM, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
-    return [Arm(name, (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict") for name, how in sized.items()]
+    return [Arm(name, (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", lengths=far if name == f"{base}-study" else SHORT)
+            for name, how in sized.items()]
 
 
 def longer(of: str, model=()) -> Arm:
@@ -113,9 +117,9 @@ ARMS = {row.name: row for row in (
     *joint("smollm2-joint", {0: "smollm2-deep", 1: "smollm2-deep", 2: "smollm2-deep-seed2"}),  # seed 1's adapter is not kept
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
-    *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN), *study("gemma3", 4, GEMMA),
+    *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
     longer("smollm2-deep"), longer("qwen-deep", QWEN),
-    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context") for model in (SMOLLM2, QWEN, GEMMA)))}
+    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", lengths=far) for model, far in ((SMOLLM2, SHORT), (QWEN, FAR), (GEMMA, FAR))))}
 
 
 # ---- an arm as commands ----
@@ -153,7 +157,7 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
             commands.append(["harm.py", *row.model, *adapter, "--lang", lang, "--out", str(path)])
     folder = long_folder(row, out)
     if row.long and not answered(folder, "modes", row.long):
-        commands.append(["run_long.py", *row.model, *adapter, "--modes", row.long, *LONG, "--out", str(folder), "--resume"])
+        commands.append(["run_long.py", *row.model, *adapter, "--modes", row.long, "--lengths", row.lengths, *LONG, "--out", str(folder), "--resume"])
     return commands
 
 
