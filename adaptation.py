@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from decoding import Past, forward_all, reading
 from in_place_ttt import InPlaceTTT
-from memory import LayerMemory, Memory, tensors_digest
+from memory import Memory, tensors_digest
 from model_utils import Loaded
 from trends import mean_of, predicts, rank_correlation, slope_of, told
 

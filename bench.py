@@ -15,26 +15,22 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from bench_kit import Way, every_token, gate_logits, slots_of, written
 from bench_report import HEADER, Line, draw, text_of
+from bench_train import train
 from bench_whole import whole
 from decoding import answers_to, call_length, greedy, heard, kv_bytes_per_token, prefill, write_rows
 from in_place_ttt import InPlaceTTT
 from long_modes import asked
-from lean import compilable, fuse_norms, lean_mlps, swap
 from manifests import UserError, provenance, run_script, write_json
-from memory import Memory
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
-from objectives import lm_step, recall_step
 from operations import BaseCost, MemoryCost
-from public_way import CHUNK, NEW, PROMPT, TEXT, TRAINED, PublicWay
-from training_data import Batch, Example
+from public_way import CHUNK, NEW, PROMPT, TEXT, PublicWay
 
 SLOTS = 1 / 6       # share of a text's tokens that the trained gates of the small arms leave a slot for
 TOKENIZER_OF = "smollm2-135m"  # what cuts the texts for random weights: any that cuts like the real one will do
@@ -60,15 +56,6 @@ class Sizes:
 
 SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (2, 3), (TEXT, 1024, 4096, 32768), (64, 16), (2048, 8192, 32768), 8192, None, 3),
          "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (), (TEXT, 512, 2048), (64, 16), (1024,), 1024, 2, 3)}
-
-
-class Way(NamedTuple):
-    """One way through a case: call does `units` of it, and each needs so many operations (work) and bytes to be moved (moved), or more."""
-
-    call: Callable
-    units: int
-    work: float
-    moved: float = 0.0
 
 
 class Bench:
@@ -102,26 +89,6 @@ class Bench:
         logits = gate_logits(ttt, lambda: write_rows(self.model, ttt, texts, self.pad, dropped=True))
         for fast, worth_N in logits.items():
             fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_N.kthvalue(1 + int((1 - self.slots) * (len(worth_N) - 1))).values
-
-    def updates(self, ttt) -> Callable:
-        """update(step, layers=None): forward and backward of a step, with the base's norms and MLPs as train_minimal.py has them, and only for so long:
-        the other ways keep theirs. layers: what stands in the place of the decoder's layers, as --compile does."""
-        plain = fuse_norms(self.model) | lean_mlps(self.model)
-        lean = swap(self.model, plain)  # the same modules each time, or what is compiled would be so again
-
-        def update(step: Callable, layers: torch.nn.ModuleList | None = None) -> Callable:
-            def call():
-                swap(self.model, lean)
-                try:
-                    with in_place(self.model.get_decoder(), layers):
-                        step().loss.backward()
-                finally:
-                    swap(self.model, plain)
-                ttt.zero_grad(set_to_none=True)
-
-            return call
-
-        return update
 
     def memory_cost(self, ttt) -> MemoryCost:
         return MemoryCost(ttt.config, *ttt.down_proj(ttt.config.layers[0]).weight.shape)
@@ -177,35 +144,6 @@ class Bench:
         return False
 
 
-def gate_logits(ttt, write: Callable) -> dict:
-    """{FastWeight: the logits of its write gate, [tokens]} while `write` writes."""
-    logits = {}
-    for fast in ttt.fast.values():
-        def strength(informed, fast=fast, own=fast.strength):
-            found = own(informed)
-            logits[fast] = found[1].flatten()
-            return found
-
-        fast.strength = strength
-    try:
-        write()
-    finally:
-        for fast in ttt.fast.values():
-            del fast.strength
-    return logits
-
-
-@contextlib.contextmanager
-def in_place(decoder, layers: torch.nn.ModuleList | None):
-    """Other layers in the place of the decoder's for so long; None: its own."""
-    own = decoder.layers
-    decoder.layers = own if layers is None else layers
-    try:
-        yield
-    finally:
-        decoder.layers = own
-
-
 # ---- the parts ----
 
 def machine(bench: Bench) -> None:
@@ -227,30 +165,6 @@ def ask(bench: Bench, prompts, ttt=None, memory=None, head=()) -> None:
     rows = bench.sizes.conversations if memory is None else memory.batch
     past = heard(bench.model, [head] * rows, bench.pad, ttt, memory) if head else None
     answers_to(bench.model, bench.loaded.tokenizer, prompts, NEW, past, ttt, memory, early_stop=False)
-
-
-@torch.inference_mode()
-def written(bench: Bench, ttt, texts) -> Memory:
-    return write_rows(bench.model, ttt, texts, bench.pad, dropped=True)[0]
-
-
-@contextlib.contextmanager
-def every_token(ttt):
-    """With the gates wide open for so long: a slot a token, the worst that a text can leave."""
-    gates = {fast: fast.gate_bias.detach().clone() for fast in ttt.fast.values()}
-    for fast in gates:
-        fast.gate_bias.data.fill_(100.0)
-    try:
-        yield
-    finally:
-        for fast, bias in gates.items():
-            fast.gate_bias.data.copy_(bias)
-
-
-def slots_of(memory: Memory) -> float:
-    """Slots of a conversation and layer, on average; 0 of dense ones."""
-    layers = memory.layers.values()
-    return 0.0 if next(iter(layers)).is_dense else sum((layer.values != 0).any(-1).float().sum(1).mean().item() for layer in layers) / len(layers)
 
 
 def probe(bench: Bench) -> None:
@@ -304,40 +218,6 @@ def write_codes(bench: Bench, ttt, texts: list[list[int]], base: Way) -> None:
     if ttt.config.sparse:
         ways["memory, a slot a token"] = Way(worst, count, work(length))
     bench.compare("write", f"{count} x {length:,} tokens, codes", ways, length)
-
-
-def train(bench: Bench) -> None:
-    """Forward and backward of one update: the next-token loss of TRAINED tokens in chunks, and the answers' loss of a memory."""
-    config, device, cost = replace(bench.loaded.row.plain, chunk=CHUNK), bench.device, bench.cost
-    with bench.attached(config) as ttt:
-        rows, public, first = bench.rows(1, TRAINED), PublicWay(bench.model, config.layers), min(config.layers)
-        update = bench.updates(ttt)
-        step = lambda rows, layers=None: update(lambda: lm_step(bench.loaded, ttt, rows, device), layers)
-        base = cost.forward(TRAINED, predicted=TRAINED) + cost.backward(TRAINED, predicted=TRAINED, first=first)
-        work = base + 3 * bench.memory_cost(ttt).write_chunks(TRAINED)
-        ways = {"base, forward alone": Way(torch.inference_mode()(lambda: prefill(bench.model, rows, bench.pad)), 1, cost.forward(TRAINED)),
-                "public, 1 at once": Way(lambda: public.train_step(torch.tensor(rows, device=device)), 1, base)}
-        ways |= {f"memory, {n} at once": Way(step(bench.rows(n, TRAINED)), n, work) for n in bench.sizes.batches}
-        ready = compilable(bench.model)
-        layers = torch.nn.ModuleList(torch.compile(layer) if layer in ready else layer for layer in bench.model.get_decoder().layers)
-        ways |= {f"memory, compiled, {n} at once": Way(step(bench.rows(n, TRAINED), layers), n, work) for n in bench.sizes.compiled}
-        bench.compare("train", f"next token, {TRAINED} tokens", ways, TRAINED)
-    with bench.attached(bench.loaded.row.codes) as ttt:
-        train_answers(bench, ttt)
-
-
-def train_answers(bench: Bench, ttt, asked: int = 2, head: int = 60, question: int = 20, answered: int = 6) -> None:
-    """recall_step without aids' rows: a text of TEXT tokens, a prompt's head and so many questions of so many tokens."""
-    cost, memory, first, tail = bench.cost, bench.memory_cost(ttt), min(ttt.config.layers), question + answered
-    slots = slots_of(written(bench, ttt, bench.rows(8, TEXT)))
-    both = lambda *how: cost.forward(*how) + cost.backward(*how, first)
-    work = (cost.forward(TEXT, predicted=0, layers=max(ttt.config.layers) + 1) + both(head, 0, 0) + asked * both(tail, head, answered)
-            + 3 * (memory.write(TEXT, slots) + memory.read(head, slots) + asked * memory.read(tail, slots)))
-    example = lambda: Example(bench.rows(1, TEXT)[0], bench.rows(1, head)[0], [(bench.rows(1, question)[0], bench.rows(1, answered)[0]) for _ in range(asked)])
-    update = bench.updates(ttt)
-    step = lambda rows: update(lambda: recall_step(bench.loaded, ttt, Batch(rows), bench.device))
-    ways = {f"memory, {n} at once": Way(step([example() for _ in range(n)]), n, work) for n in bench.sizes.batches}
-    bench.compare("train", f"answers, {TEXT} tokens and {asked} questions", ways, TEXT + head + asked * tail)
 
 
 def read(bench: Bench) -> None:

@@ -130,15 +130,20 @@ def write_rows(model, ttt: InPlaceTTT, rows: list[list[int]], pad_id: int, memor
 
 
 @contextlib.contextmanager
-def lowest(model, layers: int):
-    """The decoder, cut to its first so many layers: what a text leaves in them does not hang on those above."""
-    decoder = model.get_decoder()
-    whole = decoder.layers
-    decoder.layers = whole[:layers]
+def with_layers(decoder, layers):
+    """The decoder with other layers in the place of its own, for so long."""
+    own = decoder.layers
+    decoder.layers = layers
     try:
         yield decoder
     finally:
-        decoder.layers = whole
+        decoder.layers = own
+
+
+def lowest(model, layers: int):
+    """The decoder, cut to its first so many layers: what a text leaves in them does not hang on those above."""
+    decoder = model.get_decoder()
+    return with_layers(decoder, decoder.layers[:layers])
 
 
 def whole_rows(model, rows: list[list[int]], pad_id: int, session=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from memory import LayerMemory, expand, leading, meets, pick_columns, times, unit
+from memory import LayerMemory, expand, meets, pick_columns, times, unit
 from side_stream import HEAD, LongBias, distance_bias, look, plain_attention, unit_rms
 
 TARGETS = ("hidden_states", "input_embed", "both")

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import bench_train
 from bench_whole import public_seconds
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError, run_script
@@ -16,7 +17,7 @@ from decoding import prefill, write_rows
 from model_utils import load_model
 from objectives import lm_step
 from operations import pairs
-from public_way import CHUNK, PublicWay
+from public_way import CHUNK, TRAINED, PublicWay
 from test_run_experiment import small_benchmark
 
 SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), compiled=(), lengths=(20, 40), ranks=(4,), long=(120,), square=64, limit=1, rounds=2)
@@ -232,10 +233,10 @@ def test_compiled_layers_are_in_place_for_a_step_alone(tiny, monkeypatch):
     """The step's loss is that of the layers as they are, and these stand where they stood when it is over."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # a real compiler's threads are not survived by tests that fork
     small, losses = bench.Bench(tiny, replace(SMALL, batches=(1,), compiled=(1,), rounds=1)), []
-    monkeypatch.setattr(bench, "lm_step", lambda *how: losses.append(lm_step(*how)) or losses[-1])
-    monkeypatch.setattr(bench, "train_answers", lambda *_: None)
+    monkeypatch.setattr(bench_train, "lm_step", lambda *how: losses.append(lm_step(*how)) or losses[-1])
+    monkeypatch.setattr(bench_train, "train_answers", lambda *_: None)
     before, monitored = dict(tiny.model.named_modules()), small.rows
-    monkeypatch.setattr(small, "rows", lambda count, length: [list(range(100)) * 2] * count if length == bench.TRAINED else monitored(count, length))
+    monkeypatch.setattr(small, "rows", lambda count, length: [list(range(100)) * 2] * count if length == TRAINED else monitored(count, length))
     bench.train(small)
     assert dict(tiny.model.named_modules()) == before
     assert [line.way for line in small.lines][2:] == ["memory, 1 at once", "memory, compiled, 1 at once"]
