@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=8, help="a multiple of 8 has prose, calm and foreign rows in their shares (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--out", default="results/bench", help="folder of the result (default: %(default)s)")
+    parser.add_argument("--out", default="results/bench/processes", help="folder of the result (default: %(default)s)")
     parser.add_argument("--times", help=argparse.SUPPRESS)  # the file that a measuring process of this script writes
     arguments = parser.parse_args()
     for name, least in {"processes": 2, "conversations": 1, "updates": 1}.items():

@@ -179,9 +179,7 @@ def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device, par
     wanted_BL = (mask[:, :-1] & mask[:, 1:]).bool()
     wanted_M = ids[:, 1:][wanted_BL]
     loss, right = next_token_loss(loaded.model.get_output_embeddings(), hidden[:, :-1][wanted_BL], wanted_M)
-    with torch.no_grad():
-        memory = writer.memory()
-    return Step(part.mean(loss, wanted_M.numel()), wanted_M.numel(), right, ids.numel(), memory)
+    return Step(part.mean(loss, wanted_M.numel()), wanted_M.numel(), right, ids.numel(), writer.made())
 
 
 def next_token_loss(head, hidden_MD: torch.Tensor, wanted_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

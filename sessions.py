@@ -302,8 +302,6 @@ class Writer:
 
     def _flush(self, pending: dict[int, Pending], group: int) -> dict[int, LayerMemory]:
         """What the tokens still held (pending) add to each layer."""
-        if self._made and not torch.is_grad_enabled():
-            return self._made
         config, held, at_once = self.owner.config, next(iter(pending.values())), self._layers_at_once(pending)
         # of the tokens, so alike in all layers; a differentiable write keeps it for the backward pass anyway
         bias_BHSS = write_bias(held, config) if self.differentiable else whole_or_long(held, config)
@@ -393,6 +391,16 @@ class Writer:
         self._parts = {}
         for index, update in (self._flush(pending, group) if pending else {}).items():  # the sequential form has nothing pending
             self._add(index, update)
+        return self._finished(group)
+
+    def made(self) -> Memory:
+        """memory() of a differentiable write of chunks, without gradients: what finished chunks were read from, of all tokens, and so not made again
+        (slots and wanted, which memory() leaves, are not there)."""
+        for index, update in self._made.items():
+            self._add(index, update)
+        return self._finished()
+
+    def _finished(self, group: int = 1) -> Memory:
         chunk = self.owner.config.chunk
         chunks_B = (self.tokens_B > 0).long() if chunk is None else -(-self.tokens_B // chunk)
         tokens_B = self.tokens_B
