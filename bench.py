@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from bench_kit import Way, every_token, gate_logits, slots_of, written
+from bench_kit import Way, every_token, slots_of, written
 from bench_report import HEADER, Line, draw, text_of
 from bench_train import train
 from bench_whole import whole
-from decoding import answers_to, call_length, greedy, heard, kv_bytes_per_token, prefill, write_rows
+from decoding import answers_to, call_length, greedy, heard, kv_bytes_per_token, prefill
 from in_place_ttt import InPlaceTTT
 from long_modes import asked
 from manifests import UserError, provenance, run_script, write_json
@@ -86,8 +86,11 @@ class Bench:
         """Gates of random numbers, with biases at which a share `slots` of these texts' tokens leaves a slot. Trained gates leave few; new ones all."""
         for fast in ttt.fast.values():
             fast.gate.copy_(torch.randn(len(fast.gate), generator=self.generator) / len(fast.gate) ** 0.5)
-        logits = gate_logits(ttt, lambda: write_rows(self.model, ttt, texts, self.pad, dropped=True))
-        for fast, worth_N in logits.items():
+        with ttt.write(dropped=True) as writer:
+            prefill(self.model, texts, self.pad, session=writer)
+        writer.memory()
+        for index, worth_BS in zip(sorted(ttt.config.layers), writer.slots.worth):
+            fast, worth_N = ttt.fast[str(index)], worth_BS.flatten()
             fast.gate_bias += math.log(fast.config.shut_below / (1 - fast.config.shut_below)) - worth_N.kthvalue(1 + int((1 - self.slots) * (len(worth_N) - 1))).values
 
     def memory_cost(self, ttt) -> MemoryCost:

@@ -1,4 +1,4 @@
-"""What the parts of bench.py have in common: a way through a case, texts written, and how an untrained adapter's gates are heard and opened."""
+"""What the parts of bench.py have in common: a way through a case, texts written, and an untrained adapter's gates opened."""
 from __future__ import annotations
 
 import contextlib
@@ -42,21 +42,3 @@ def slots_of(memory: Memory) -> float:
     """Slots of a conversation and layer, on average; 0 of dense ones."""
     layers = memory.layers.values()
     return 0.0 if next(iter(layers)).is_dense else sum((layer.values != 0).any(-1).float().sum(1).mean().item() for layer in layers) / len(layers)
-
-
-def gate_logits(ttt, write: Callable) -> dict:
-    """{FastWeight: the logits of its write gate, [tokens]} while `write` writes."""
-    logits = {}
-    for fast in ttt.fast.values():
-        def strength(informed, fast=fast, own=fast.strength):
-            found = own(informed)
-            logits[fast] = found[1].flatten()
-            return found
-
-        fast.strength = strength
-    try:
-        write()
-    finally:
-        for fast in ttt.fast.values():
-            del fast.strength
-    return logits

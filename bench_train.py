@@ -8,7 +8,7 @@ import torch
 
 from bench_kit import Way, slots_of, written
 from decoding import prefill, with_layers
-from lean import compilable, fuse_norms, lean_mlps, swap
+from lean import fuse_norms, lean_mlps, swap, without_fast_weights
 from objectives import lm_step, recall_step
 from public_way import CHUNK, TEXT, TRAINED, PublicWay
 from training_data import Batch, Example
@@ -47,7 +47,7 @@ def train(bench) -> None:
         ways = {"base, forward alone": Way(torch.inference_mode()(lambda: prefill(bench.model, rows, bench.pad)), 1, cost.forward(TRAINED)),
                 "public, 1 at once": Way(lambda: public.train_step(torch.tensor(rows, device=device)), 1, base)}
         ways |= {f"memory, {n} at once": Way(step(bench.rows(n, TRAINED)), n, work) for n in bench.sizes.batches}
-        ready = compilable(bench.model)
+        ready = list(without_fast_weights(bench.model).values())
         layers = torch.nn.ModuleList(torch.compile(layer) if layer in ready else layer for layer in bench.model.get_decoder().layers)
         ways |= {f"memory, compiled, {n} at once": Way(step(bench.rows(n, TRAINED), layers), n, work) for n in bench.sizes.compiled}
         bench.compare("train", f"next token, {TRAINED} tokens", ways, TRAINED)

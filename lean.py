@@ -1,4 +1,4 @@
-"""The base's own arithmetic in forms that keep less for a backward pass: the same weights, the same numbers up to one rounding."""
+"""The base's own arithmetic in forms that cost less to train through: the same weights, the same numbers up to one rounding."""
 from __future__ import annotations
 
 import torch
@@ -28,7 +28,7 @@ class LeanMLP(nn.Module):
 
 
 def fuse_norms(model) -> dict[str, nn.Module]:
-    """Put torch's fused RMSNorm in place of the library's plain one, which takes ten kernels and keeps float32; the weights are shared.
+    """Put torch's fused RMSNorm in place of the library's plain one, which takes ten kernels; the weights are shared.
 
     The same up to one rounding in bfloat16. Norms of another form (Gemma's) stay. Returns {name in the decoder: the norm that stood there}.
     """
@@ -45,12 +45,12 @@ def lean_mlps(model) -> dict[str, nn.Module]:
 
     Of a base without an adapter; a layer that carries one (TTTMLP) makes its h by `gated` anyway.
     """
-    return swap(model, {f"layers.{i}.mlp": LeanMLP(layer.mlp) for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "gate_proj")})
+    return swap(model, {f"{name}.mlp": LeanMLP(layer.mlp) for name, layer in without_fast_weights(model).items()})
 
 
-def compilable(model) -> list[nn.Module]:
-    """The decoder's layers without fast weights, which are written by Python between a layer's parts. One compiled layer serves for all that are alike."""
-    return [layer for layer in model.get_decoder().layers if hasattr(layer.mlp, "gate_proj")]
+def without_fast_weights(model) -> dict[str, nn.Module]:
+    """{name in the decoder: layer} of those without: what a compiler takes, since fast weights are written by Python between a layer's parts."""
+    return {f"layers.{i}": layer for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "gate_proj")}
 
 
 def swap(model, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -33,7 +33,7 @@ JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 # side by side on an H200. The arms that go on at length: 200 updates of 32,768 tokens, about one a second, two side by side.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
-# All items of a task and length in one batch: of 128 new tokens a row, a step takes as long for 20 rows as for 5. In float32 four modes side by side
+# All items of a task and length in one batch. In float32 four modes side by side
 # answered 23,000 tokens of prompts a second on an H200, too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
 LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "163840")
 SHORT, FAR = "1024,2048,4096,8192", "1024,2048,4096,8192,16384,32768"

@@ -169,7 +169,7 @@ class Writer:
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self._parts: dict[int, list[Pending]] = {}  # of each layer, call by call
         self._made: dict[int, LayerMemory] = {}     # what a differentiable write of chunks has made of all tokens so far, for those that read finished chunks
-        self.slots: Slots | None = None  # of all tokens, layer by layer in order: [layers, B, ...], after memory() of a differentiable write
+        self.slots: Slots | None = None  # layer by layer in order: [layers, B, ...], of the tokens held until memory(): all, but for chunks without gradients
         self.wanted: dict[int, tuple[LayerMemory, torch.Tensor]] = {}  # likewise: each layer's keys with what they are to answer, and the strength [B, S] of each
         self.tokens_B: torch.Tensor | None = None
         self._real_BL = self._position_BL = self._embed_BLD = None
@@ -312,7 +312,7 @@ class Writer:
                 states.append(self._stream(index, states[-1], one, bias_BHSS))
             around = {"around_BSZ": unit_rms(torch.stack(states[1:]))}
         slots = at_once("slots", {} if config.deep else {"bias_BHSS": bias_BHSS}, around)
-        self.slots = slots if self.differentiable else None
+        self.slots = slots
         weights, keys = slots.weights * held.fresh, slots.keys
         if config.sparse:  # what has no strength leaves no slot, nor a row in the solve; there is no gradient through it either
             width = max(1, int((weights > 0).sum(-1).max()))
@@ -395,7 +395,10 @@ class Writer:
 
     def made(self) -> Memory:
         """memory() of a differentiable write of chunks, without gradients: what finished chunks were read from, of all tokens, and so not made again
-        (slots and wanted, which memory() leaves, are not there)."""
+        (slots and wanted, which memory() leaves, are not there). Of a text in one chunk nothing is read back, so it is made here."""
+        if not self._made:
+            with torch.no_grad():
+                return self.memory()
         for index, update in self._made.items():
             self._add(index, update)
         return self._finished()

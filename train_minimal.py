@@ -32,7 +32,7 @@ from decoding import check_window
 from fast_weight import TARGETS
 from halving import out_of_memory
 from hardware import be_deterministic, hardware
-from lean import compilable, fuse_norms, lean_mlps
+from lean import fuse_norms, lean_mlps, without_fast_weights
 from manifests import UserError, cost_usd, naming, provenance, put_back, run_script, utc
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device
@@ -198,8 +198,8 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--out", default="checkpoints", help="folder of the checkpoint folders (default: %(default)s)")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base; the adapter is float32")
-    run.add_argument("--compile", action="store_true", help="compile the base's layers that carry no fast weights: fewer launches and less kept for the backward "
-                     "pass, for a minute at the start; needs a C compiler, on a GPU also Triton (default: as they are)")
+    run.add_argument("--compile", action="store_true", help="compile the base's layers that carry no fast weights: fewer launches, for a minute at the start; "
+                     "needs a C compiler, on a GPU also Triton (default: as they are)")
     run.add_argument("--deterministic", action="store_true", help="only kernels that give the same bytes every time (default: the fastest ones)")
     run.add_argument("--shard-base", action="store_true", help="with torchrun: spread the base's layers over the processes (FSDP2), for one that does not fit a GPU")
     arguments = parser.parse_args()
@@ -330,7 +330,7 @@ def train_arm(group: Group) -> None:
         shard_base(loaded, device, group)
         before = base_digest(loaded)  # of the slices that this process holds
     arm = Arm(loaded, config, arguments.joint, arguments.seed, arguments.start)
-    for layer in compilable(loaded.model) if arguments.compile else ():
+    for layer in without_fast_weights(loaded.model).values() if arguments.compile else ():
         layer.compile()
     trained = arm.trained()
     if arguments.dropout:

@@ -235,8 +235,8 @@ def test_compiled_layers_are_in_place_for_a_step_alone(tiny, monkeypatch):
     small, losses = bench.Bench(tiny, replace(SMALL, batches=(1,), compiled=(1,), rounds=1)), []
     monkeypatch.setattr(bench_train, "lm_step", lambda *how: losses.append(lm_step(*how)) or losses[-1])
     monkeypatch.setattr(bench_train, "train_answers", lambda *_: None)
-    before, monitored = dict(tiny.model.named_modules()), small.rows
-    monkeypatch.setattr(small, "rows", lambda count, length: [list(range(100)) * 2] * count if length == TRAINED else monitored(count, length))
+    before, rows = dict(tiny.model.named_modules()), small.rows
+    monkeypatch.setattr(small, "rows", lambda count, length: [list(range(100)) * 2] * count if length == TRAINED else rows(count, length))
     bench.train(small)
     assert dict(tiny.model.named_modules()) == before
     assert [line.way for line in small.lines][2:] == ["memory, 1 at once", "memory, compiled, 1 at once"]
