@@ -20,6 +20,7 @@ from tensor_files import save_tensors
 
 
 MOST_ROWS = 1_000_000  # of a memory file: no batch has as many, and a file that claims more is refused before anything of it is read
+ALIGNED = 8  # slots: a row of so many bfloat16 numbers fills the 16 bytes on which a GPU's fast matrix products want rows to begin
 FORMS = ({"update"}, {"keys", "values"}, {"keys", "values", "trust"})  # what a layer of a memory file may hold
 
 
@@ -217,6 +218,11 @@ class LayerMemory:
         """The same factored memory with empty slots up to `slots`."""
         pad = lambda t: torch.nn.functional.pad(t, (0, 0, 0, slots - t.shape[1]))
         return self.map(pad)
+
+    def aligned(self) -> "LayerMemory":
+        """With empty slots up to a multiple of ALIGNED, for a memory that is read over and over; a dense update as it is."""
+        over = 0 if self.is_dense else -self.values.shape[1] % ALIGNED
+        return self.padded(self.values.shape[1] + over) if over else self
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,11 @@ class Reader:
         self.queries: dict[int, torch.Tensor] = {}
         self.needs_embeddings = owner.config.deep
         base = owner.down_proj(owner.config.layers[0]).weight.dtype
-        # a base in bfloat16 rounds what it is given to it anyway; training, which differentiates through the memory, reads in float32
-        self.dtype = torch.bfloat16 if base == torch.bfloat16 and not torch.is_grad_enabled() else torch.float32
-        self._layers = {index: layer.ready(self.dtype) for index, layer in memory.layers.items()}
+        # training, which differentiates through the memory, reads it as it is, in float32; a base in bfloat16 rounds what it is given to it anyway
+        answers = not torch.is_grad_enabled()
+        self.dtype = torch.bfloat16 if base == torch.bfloat16 and answers else torch.float32
+        ready = {index: layer.ready(self.dtype) for index, layer in memory.layers.items()}
+        self._layers = {index: layer.aligned() for index, layer in ready.items()} if answers else ready
         self._leads = {index: owner.fast[str(index)].lead(owner.streams["read"].inject(index)) for index in owner.config.layers} if owner.config.deep else {}
         self._stream_BLZ = None  # the read stream's state behind the last TTT layer of the call
         self._seen: dict[int, tuple | FixedPair] = {}  # the read attention's keys and values by layer

@@ -178,6 +178,16 @@ def test_k_questions_share_a_row_as_if_it_were_copied(rows, k, length, slots):
         torch.testing.assert_close(held.layers[0].read(query), expected, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("slots", [1, 7, 8, 9])
+def test_slots_come_in_eights_where_they_are_read_and_read_the_same(slots):
+    layer, dense = make(slots=slots).layers[1], make(slots=slots, dense=True).layers[1]
+    queries = torch.randn(3, 2, F, generator=torch.Generator().manual_seed(1))
+    aligned = layer.aligned()
+    assert aligned.values.shape[1] == aligned.keys.shape[1] == (16 if slots > 8 else 8)
+    torch.testing.assert_close(aligned.read(queries), layer.read(queries))
+    assert dense.aligned() is dense
+
+
 def test_reading_with_a_batch_that_does_not_divide_is_refused():
     for layer in (make().layers[1], make(dense=True).layers[1]):
         with pytest.raises(ValueError, match="memory of 3 rows cannot serve a batch of 4; use memory.select"):
