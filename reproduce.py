@@ -35,7 +35,7 @@ STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates"
 LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
 # All items of a task and length in one batch. In float32 four modes side by side
 # answered 23,000 tokens of prompts a second on an H200, too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
-LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "163840")
+LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "1310720")
 SHORT, FAR = "1024,2048,4096,8192", "1024,2048,4096,8192,16384,32768"
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
 MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"

@@ -34,13 +34,13 @@ from results_files import Rows, ask_into, only_run, open_folder
 
 @dataclass(frozen=True)
 class Job(Items):
-    """Items of one task and length, asked together in one mode."""
+    """Items of one length and one longest answer, of whatever tasks, asked together in one mode."""
 
     mode: str
 
     @property
     def kind(self) -> str:
-        return f"{self.mode} {self.items[0].task} {self.items[0].length}"
+        return f"{self.mode} {self.items[0].length} + {self.items[0].new_tokens}"
 
     @property
     def first(self) -> str:
@@ -54,14 +54,15 @@ def name_of(item: Item) -> str:
 
 
 def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
-    """What is not done yet, in batches of about batch_tokens tokens of one mode, task and length."""
+    """What is not done yet, in batches of about batch_tokens tokens of one mode, length and longest answer: an answer's steps cost a small base
+    almost as much for one row as for a hundred."""
     jobs = []
     for mode in modes:
         groups: dict[tuple, list[Item]] = {}
         for item in items:
             if (mode, name_of(item), name_of(item)) not in done:
-                groups.setdefault((item.task, item.length), []).append(item)
-        for (_, length), group in groups.items():
+                groups.setdefault((item.length, item.new_tokens), []).append(item)
+        for (length, _), group in groups.items():
             size = max(1, batch_tokens // length)
             jobs += [Job(group[i:i + size], mode) for i in range(0, len(group), size)]
     return jobs
