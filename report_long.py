@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -35,12 +36,12 @@ ALL = "mean over tasks"
 
 # ---- what ran ----
 
-def load(folder: Path) -> dict:
-    """run.json with "rows": {mode: {item: row}}."""
+def load(folder: Path, incomplete: bool = False) -> dict:
+    """run.json with "rows": {mode: {item: row}}. incomplete: take a run that was not finished without the lengths that a mode has not answered whole."""
     mend = f"run run_long.py again into {folder}, or take the folder out"
     run = parse_object(read_text(folder / "run.json", mend), folder / "run.json", RUN_FIELDS, mend)
-    if not run["complete"]:
-        raise ResultsError(f"{folder / 'run.json'}: the run was not finished; finish it with run_long.py --resume")
+    if not run["complete"] and not incomplete:
+        raise ResultsError(f"{folder / 'run.json'}: the run was not finished; finish it with run_long.py --resume, or pass --allow-incomplete to score what is whole")
     check_sums(folder, run)
     rows: dict[str, dict] = defaultdict(dict)
     for where, row in read_lines(folder / "predictions.jsonl", ROW_FIELDS, mend):
@@ -49,7 +50,17 @@ def load(folder: Path) -> dict:
         if row["sample_id"] in rows[row["condition"]]:
             raise ResultsError(f"{where}: {row['condition']} answers {row['sample_id']} a second time; {mend}")
         rows[row["condition"]][row["sample_id"]] = row
-    return run | {"name": folder.name, "rows": rows}
+    cut = unfinished(run, rows)
+    for mode, length in cut:
+        rows[mode] = {item: row for item, row in rows[mode].items() if row["length"] != length}
+    return run | {"name": folder.name, "rows": rows, "left_out": run["left_out"] + [f"{mode} at {length} tokens: not finished" for mode, length in cut]}
+
+
+def unfinished(run: dict, rows: dict[str, dict]) -> list[tuple[str, int]]:
+    """The modes and lengths of which answers are missing that the run was begun with."""
+    there = Counter((mode, row["task"], row["length"]) for mode, answers in rows.items() for row in answers.values())
+    begun = [(one["count"], pair, task) for one in run.get("unfinished", []) for pair in product(one["modes"], one["lengths"]) for task in one["tasks"]]
+    return list(dict.fromkeys((mode, length) for count, (mode, length), task in begun if there[mode, task, length] < count))
 
 
 def lend(runs: list[dict]) -> None:
@@ -197,8 +208,8 @@ def tables(report: dict) -> str:
 
 # ---- the script ----
 
-def build(folders: list[Path], settings: Bootstrap) -> dict:
-    runs = [load(folder) for folder in folders]
+def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) -> dict:
+    runs = [load(folder, incomplete) for folder in folders]
     lend(runs)
     keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "commit", "command", "device", "left_out", "window")
     return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed},
@@ -209,6 +220,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: results/long/*)")
     parser.add_argument("--out", type=Path, help="folder of report.json and figures/ (default: results/long; with --out RESULTS.md is left alone)")
+    parser.add_argument("--allow-incomplete", action="store_true", help="take runs that were not finished too, without the lengths that are not whole")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     args = parser.parse_args(arguments)
     out, results_md = args.out or Path("results/long"), None if args.out or args.runs else Path("RESULTS.md")
@@ -217,7 +229,7 @@ def main(arguments=None) -> int:
         if not folders:
             raise ResultsError("results/long/: holds no run; make one with python run_long.py, or name run folders")
         around = around_block(results_md, BLOCK) if results_md else None
-        report = build(folders, Bootstrap(seed=args.seed))
+        report = build(folders, Bootstrap(seed=args.seed), args.allow_incomplete)
         (out / "figures").mkdir(parents=True, exist_ok=True)
         draw_accuracy(report["arms"], out / "figures/accuracy.png")
         draw_cost(report["arms"], out / "figures/cost.png")

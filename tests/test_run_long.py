@@ -197,6 +197,18 @@ def test_results_md_gets_its_block_and_keeps_the_rest(tmp_path, monkeypatch):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| a | 1,024 | 2 | 0.500" in text
 
 
+def test_of_an_unfinished_run_the_whole_lengths_are_scored_when_asked_for(tmp_path, capsys):
+    half = fake_run(tmp_path / "u", {"in_context": {("a", 1024): [1.0, 0.0], ("b", 1024): [1.0, 1.0], ("a", 2048): [1.0, 1.0], ("b", 2048): [1.0]}}, complete=False)
+    run = json.loads((half / "run.json").read_text(encoding="utf-8"))
+    begun = {"command": "python run_long.py --resume", "modes": ["in_context"], "tasks": ["a", "b"], "lengths": [1024, 2048, 4096], "count": 2}
+    (half / "run.json").write_text(json.dumps(run | {"unfinished": [begun]}), encoding="utf-8")
+    assert report_long.main([str(half), "--out", str(tmp_path / "o")]) == 2 and "--allow-incomplete" in capsys.readouterr().err
+    assert report_long.main([str(half), "--out", str(tmp_path / "o"), "--allow-incomplete"]) == 0
+    report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"][0]
+    assert {(c["task"], c["length"], c["score"]) for c in report["cells"]} == {("a", 1024, 0.5), ("b", 1024, 1.0), ("mean over tasks", 1024, 0.75)}
+    assert report["left_out"] == ["in_context at 2048 tokens: not finished", "in_context at 4096 tokens: not finished"]
+
+
 def test_what_cannot_be_scored_is_named(tmp_path, capsys):
     unfinished = fake_run(tmp_path / "u", {"in_context": {("a", 1024): [1.0]}}, complete=False)
     twice = fake_run(tmp_path / "t", {"in_context": {("a", 1024): [1.0]}})
