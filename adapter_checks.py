@@ -12,7 +12,8 @@ from manifests import MEND, UserError, parse_files
 
 MOST_NUMBERS = 4  # of an adapter file, for every number of its base (and of a tiny one, as if that had a million): far more than any arm has
 WHOLE = lambda value: type(value) is int
-OF_TYPE = {"int": WHOLE, "int | None": lambda value: value is None or WHOLE(value), "float": lambda value: type(value) in (int, float) and math.isfinite(value),
+NUMBER = lambda value: type(value) in (int, float) and math.isfinite(value)
+OF_TYPE = {"int": WHOLE, "int | None": lambda value: value is None or WHOLE(value), "float": NUMBER, "float | None": lambda value: value is None or NUMBER(value),
            "bool": lambda value: type(value) is bool, "str": lambda value: type(value) is str,
            "tuple[int, ...]": lambda value: type(value) is list and all(map(WHOLE, value))}  # what JSON may hold for a field of TTTConfig
 

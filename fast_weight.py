@@ -53,6 +53,7 @@ class TTTConfig:
     calibrated: bool = False          # values in units of the residual stream's RMS at the layer, measured once
     blind: bool = False               # a text is read by the base alone: earlier memory is not applied while writing
     w_down: bool = False              # W_down of these layers is trained too: the arm is then not frozen
+    clip: float | None = None         # the most that a chunk may change a layer, as a share of |W_down| (Frobenius); None: no limit
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -82,6 +83,9 @@ class TTTConfig:
             (not 0 < self.shut_below < WIDE_OPEN, f"shut_below is {self.shut_below}; use a number between 0 and 11/12"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
             (self.w_down and self.blind, "w_down changes what reads a text while it is written, and a blind text is read by the base alone; switch blind off"),
+            (self.clip is not None and not self.clip > 0, f"clip is {self.clip}; use a share of |W_down| above 0, or none for no limit"),
+            (self.clip is not None and (self.chunk is None or self.rule != "hebbian" or self.sparse),
+             "clip limits what each chunk adds; it needs a chunk of so many tokens, rule hebbian and no sparse gate"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),
         ]
         for wrong, message in problems:
@@ -390,6 +394,16 @@ def convolve(x_BSD: torch.Tensor, conv_DK: torch.Tensor, column_BCK: torch.Tenso
 
     at_once = max(1, ROOM // (len(x_BSD) * conv_DK.numel()))
     return torch.cat([some(*part) for part in zip(column_BCK.split(at_once, 1), counts_BCK.split(at_once, 1))], 1)
+
+
+def limited(value_BSD: torch.Tensor, key_BSK: torch.Tensor, chunk_BS: torch.Tensor, most: float, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """Values whose chunks' updates have a Frobenius norm of `most` or less, each chunk's scaled as one (In-Place TTT, App. C.2):
+    |dW_c|^2 = sum_ij (v_i v_j) (k_i k_j) over the chunk's tokens. A token without a value adds nothing."""
+    together_BSS = chunk_BS[:, :, None] == chunk_BS[:, None, :]
+    key_BSK = key_BSK.to(value_BSD.dtype)
+    product_BSS = meets(key_BSK, key_BSK, sizes) * (value_BSD @ value_BSD.mT) * together_BSS
+    square_BS1 = together_BSS.to(value_BSD.dtype) @ product_BSS.sum(2, keepdim=True)
+    return value_BSD * (most * square_BS1.clamp(min=torch.finfo(square_BS1.dtype).tiny).rsqrt()).clamp(max=1)
 
 
 def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -25,6 +25,7 @@ suits bases whose activations and weights differ in size by orders of magnitude.
     value rank  P is a diagonal plus a product of this rank
     blind    a text is read by the base alone while it is written, whatever was written before
     target both        t_i P is the sum of such a term from the token embeddings and one from x
+    clip     a chunk's dW_c is scaled down to at most this share of |W_down|, both by their Frobenius norms
     w_down   W_down + a trained D x F matrix stands in W_down's place, while writing and reading alone
 
 Shape letters: B batch, L tokens of one call, S written tokens (slots), D hidden size, F feed-forward size.
@@ -33,6 +34,7 @@ The mode is explicit: outside `write` and `read` a wrapped MLP *is* the base MLP
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -108,6 +110,11 @@ class InPlaceTTT(nn.Module):
         """Put the base MLPs back; the model is as it was before."""
         for i in self.config.layers:
             self._decoder[0].layers[i].mlp = self._decoder[0].layers[i].mlp.base
+
+    def clip(self, share: float | None) -> None:
+        """Let no chunk change a layer by more than this share of |W_down| from now on (None: no limit); ValueError where there are no chunks to clip.
+        Arms are trained without, as the paper's were, which clips when it evaluates (App. C.2)."""
+        self.config = replace(self.config, clip=share)
 
     def drop(self, share: float) -> None:
         """Drop this share of what each block of the side streams adds, until told otherwise; 0 is what answers are made with."""

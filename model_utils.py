@@ -332,6 +332,14 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     return ttt.requires_grad_(False), manifest
 
 
+def clip(ttt: InPlaceTTT, share: float) -> None:
+    """ttt.clip for what a user asks; UserError where the arm has no chunks to clip."""
+    try:
+        ttt.clip(share)
+    except ValueError as error:
+        raise UserError(f"--clip {share:g}: {str(error).removeprefix('TTT config: ')}") from error
+
+
 def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:
     """Put a checkpoint's LoRA on its base, in place; the caller has checked the manifest. For A_tuned and joint arms.
 

@@ -173,12 +173,16 @@ def dress(ax, arms: list[dict]) -> None:
     ax.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
 
 
+def named(arm: dict) -> str:
+    return arm["arm"] + (f" clipped to {arm['clip']:g}" if arm["clip"] else "")
+
+
 def lines_of(arms: list[dict]) -> dict[str, list[dict]]:
     """The lines of a figure: {label: cells in order of length}; a base's in_context is one line, however many arms share it."""
     lines: dict[str, dict] = defaultdict(dict)
     for arm in arms:
         for cell in sorted(arm["cells"], key=lambda cell: MODES.index(cell["mode"])):
-            label = f"{arm['model']}, in_context" if cell["mode"] == "in_context" else f"{arm['arm']}, {cell['mode']}"
+            label = f"{arm['model']}, in_context" if cell["mode"] == "in_context" else f"{named(arm)}, {cell['mode']}"
             lines[label].setdefault((cell["task"], cell["length"]), cell)
     return {label: sorted(cells.values(), key=lambda cell: cell["length"]) for label, cells in lines.items()}
 
@@ -191,7 +195,7 @@ def tables(report: dict) -> str:
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
         gains = [mode for mode in modes if mode != "in_context"]
-        lines += ["", f"**{arm['arm']} on {arm['model']}** (objective {arm['objective']}, chunk {arm['chunk'] or 'the whole text'}"
+        lines += ["", f"**{named(arm)} on {arm['model']}** (objective {arm['objective']}, chunk {arm['chunk'] or 'the whole text'}"
                   f"{', base not frozen' if arm['frozen'] is False else ''})", "",
                   "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains)]) + " |",
                   "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains))]
@@ -211,7 +215,7 @@ def tables(report: dict) -> str:
 def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) -> dict:
     runs = [load(folder, incomplete) for folder in folders]
     lend(runs)
-    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "commit", "command", "device", "left_out", "window")
+    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "commit", "command", "device", "left_out", "window")
     return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed},
             "arms": [{name: run.get(name) for name in keep} | {"lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
 

@@ -26,7 +26,7 @@ from in_place_ttt import InPlaceTTT
 from long_items import Item
 from long_modes import MODES, USUAL, asked, check_mode
 from manifests import UserError, provenance, run_script, utc
-from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
+from model_utils import Loaded, clip, find_row, load_adapter, load_model, pick_device
 from parallel import Group
 from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
@@ -119,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_argument_group("what is asked of whom")
     what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
     what.add_argument("--adapter", help="checkpoint folder of an arm, for the modes that write")
+    what.add_argument("--clip", type=float, help="the most that a chunk may change a layer's W_down while it is written, as a share of |W_down| (default: no limit)")
     what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(USUAL)}, without --adapter in_context)")
     what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
     what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
@@ -143,6 +144,8 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--modes {mode}: needs --adapter")
     if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
         raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
+    if arguments.clip is not None and arguments.adapter is None:
+        raise UserError(f"--clip {arguments.clip:g}: nothing is written without --adapter; leave it out")
     for name in ("count", "batch_tokens", "workers"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
@@ -156,6 +159,8 @@ def main() -> None:
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
+    if arguments.clip is not None:
+        clip(ttt, arguments.clip)
     for mode in arguments.modes:
         check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)
@@ -164,13 +169,13 @@ def main() -> None:
     arm = manifest.get("arm", f"{row.name}-base")
     out = Path(arguments.out or f"results/long/{arm}")
     mine = {"model_sha256": loaded.sha256, "adapter_sha256": next(iter(manifest["files"].values())) if manifest else None,
-            "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
+            "clip": arguments.clip, "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
     with only_run(out, Group()):
         done, earlier = open_folder(out, arguments.resume, mine)
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
         report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"),
                   "frozen": manifest.get("frozen", True), "seed": manifest.get("seed"), "adapter": arguments.adapter,
-                  "chunk": manifest["ttt"]["chunk"] if manifest else None, "modes": together("modes", arguments.modes),
+                  "chunk": manifest["ttt"]["chunk"] if manifest else None, "clip": arguments.clip, "modes": together("modes", arguments.modes),
                   "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
                   "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
                   "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,

@@ -32,7 +32,7 @@ from decoding import check_window
 from evaluate import write_text
 from in_place_ttt import InPlaceTTT
 from manifests import UserError, provenance, run_script, write_json
-from model_utils import Loaded, find_row, load_adapter, load_model, parse_layers, pick_device
+from model_utils import Loaded, clip, find_row, load_adapter, load_model, parse_layers, pick_device
 from scoring import AdamW, InPlace, Off, Plan, start_token
 from scoring_texts import BUILTIN, Document, Tokens, digest_of, prefix, read_documents, tokenise
 
@@ -128,7 +128,7 @@ def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, docum
 def what_learns(arguments, loaded: Loaded, ttt: InPlaceTTT | None, manifest: dict | None) -> str:
     """The sentence of the report about it."""
     if ttt:
-        return (f"In place: pieces of {arguments.piece} tokens, {manifest['arm']} (seed {manifest['seed']}), rule {ttt.config.rule}, chunk {ttt.config.chunk or 'the piece'}; nothing in it is drawn, so one "
+        return (f"In place: pieces of {arguments.piece} tokens, {manifest['arm']} (seed {manifest['seed']}), rule {ttt.config.rule}, chunk {ttt.config.chunk or 'the piece'}{f', clipped to {arguments.clip:g} of |W_down|' if arguments.clip else ''}; nothing in it is drawn, so one "
                 "run says all, and other seeds would be other adapters.")
     if not arguments.train:
         return "Nothing learns."
@@ -156,6 +156,8 @@ def load(arguments) -> tuple[Loaded, InPlaceTTT | None, dict | None, Plan, str]:
     loaded = load_model(arguments.model, device, dtype)
     check_window(loaded.model, arguments.window + 1, f"--window {arguments.window}")
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, None)
+    if arguments.clip is not None:
+        clip(ttt, arguments.clip)
     if manifest and manifest["lora"]:
         raise UserError(f"--adapter {arguments.adapter}: a joint arm has a LoRA on its base, so TTT off is not the base alone; give an arm without --joint")
     return loaded, ttt, manifest, Plan(arguments.window, arguments.stride, start_token(loaded.tokenizer)), reason
@@ -232,6 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-text", type=Path, metavar="FILE", help="write the documents to a .jsonl file, for a machine without the packages, and stop")
     add("--model", default="smollm2-135m", help="a row of model_utils.py, a folder or a hub id (default: %(default)s)")
     add("--adapter", help="checkpoint folder with fast weights, which learn in place")
+    add("--clip", type=float, help="the most that a chunk may change a layer's W_down in place, as a share of |W_down| (default: no limit)")
     add("--train", metavar="WHAT", help="parameters that AdamW trains instead: norms, down:LAYERS, lora or all")
     add("--modes", help=f"default: {SCORING['modes']}; with --audit {AUDITING['modes']}")
     for name, says in {"window": "tokens that attention sees", "stride": "tokens scored in each window", "piece": "tokens written at once (in place)", "chunk": "tokens learned from at once (AdamW)"}.items():
@@ -267,6 +270,8 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     if not set(arguments.modes) <= set(scoring_report.MODES):
         raise UserError(f"--modes {','.join(arguments.modes)}: use off, legal, forbidden, with commas between them")
     arguments.epochs, arguments.seeds = numbers("epochs", arguments.epochs, 1), numbers("seeds", arguments.seeds, 0)
+    if arguments.clip is not None and not arguments.adapter:
+        raise UserError(f"--clip {arguments.clip:g}: only fast weights are clipped; give --adapter too, or leave it out")
     if arguments.adapter and arguments.train:
         raise UserError(f"--train {arguments.train}: with --adapter the fast weights learn; give one of the two")
     if arguments.compile and arguments.adapter:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fixed_cache import FixedPair
-from fast_weight import FastWeight, Slots, chunk_of, fit, whole_or_long, write_bias, writes
+from fast_weight import FastWeight, Slots, chunk_of, fit, limited, whole_or_long, write_bias, writes
 from memory import LayerMemory, Memory, expand, leading, meets, pick_columns
 from side_stream import distance_bias, unit_rms
 
@@ -233,7 +233,7 @@ class Writer:
         chunk = self.owner.config.chunk
         x_BLD, slots = fast.scaled(new.x), fast.slots(held)
         query_BLF = fast.query(x_BLD, new.h)
-        value_BSD = fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1)
+        value_BSD = self._limited(index, held, slots.keys, fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1))
         visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
         if self.differentiable:
             self._made[index] = LayerMemory.factored(slots.keys.detach(), value_BSD.detach(), sizes=fast.sizes)
@@ -242,6 +242,13 @@ class Writer:
         if index in self.done:
             share_BLD = share_BLD + self.done[index].read(query_BLF)
         return fast.taken(x_BLD, share_BLD)
+
+    def _limited(self, index: int, held: Pending, key_BSK: torch.Tensor, value_BSD: torch.Tensor) -> torch.Tensor:
+        """A layer's values of the held tokens, such that no chunk of them changes it by more than the limit, where there is one."""
+        config, fast = self.owner.config, self.owner.fast[str(index)]
+        if config.clip is None:
+            return value_BSD
+        return limited(value_BSD, key_BSK, chunk_of(held.position, config.chunk), config.clip * self.owner.down_norms[index], fast.sizes)
 
     def _fold(self, index: int, fast: FastWeight, held: Pending) -> Pending:
         """Move the tokens whose value can no longer change into the memory; return what must still be held.
@@ -252,7 +259,7 @@ class Writer:
         chunk, reach = self.owner.config.chunk, self.owner.config.kernel // 2
         open_from_B = (self.tokens_B - reach).clamp(min=0) if chunk is None else self.tokens_B // chunk * chunk
         settled_BS = held.fresh & (held.position < open_from_B[:, None])
-        self._add(index, self._sum(fast, held, settled_BS))
+        self._add(index, self._sum(index, fast, held, settled_BS))
         rest = Pending(held.source, held.x, held.h, held.real, held.fresh & ~settled_BS, held.position)
         return rest.keep(held.real & (held.position >= (open_from_B - reach)[:, None]))
 
@@ -261,10 +268,10 @@ class Writer:
         if not self.differentiable:
             self.done[index] = self.done[index].smaller_form()
 
-    def _sum(self, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
+    def _sum(self, index: int, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
         """Hebbian: the outer products of the chosen tokens."""
         slots = fast.slots(held)
-        value_BSD = fast.contents(held) * (slots.weights * chosen_BS).unsqueeze(-1)
+        value_BSD = self._limited(index, held, slots.keys, fast.contents(held) * (slots.weights * chosen_BS).unsqueeze(-1))
         update = LayerMemory.factored(slots.keys, value_BSD, sizes=fast.sizes)
         return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
@@ -329,7 +336,8 @@ class Writer:
         asked = of_layers(contents)
         self.wanted = {index: (layer, w) for (index, layer), w in zip(asked.items(), weights)} if self.differentiable else {}
         if config.rule == "hebbian":
-            return of_layers(contents * weights.unsqueeze(-1))
+            values = contents * weights.unsqueeze(-1)
+            return of_layers([self._limited(index, held, k, v) for index, k, v in zip(pending, keys, values)])
         return self._solve(asked, {index: w / self.owner.fast[str(index)].ridge() for index, w in zip(pending, weights)})
 
     def _solve(self, updates: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, LayerMemory]:
@@ -373,7 +381,10 @@ class Writer:
                 if self.owner.config.deep:  # blind, so the text is this one chunk
                     self._streams[b] = self._stream(index, self._streams.get(b), chunk)
                     around_BSZ = unit_rms(self._streams[b])
-                update_DF = update_DF + fast.chunk_update(chunk, update_DF, known_FF, around_BSZ)
+                change_DF = fast.chunk_update(chunk, update_DF, known_FF, around_BSZ)
+                if self.owner.config.clip is not None:
+                    change_DF = change_DF * (self.owner.config.clip * self.owner.down_norms[index] / change_DF.norm()).clamp(max=1)
+                update_DF = update_DF + change_DF
             rows.append(share_LD)
             updates.append(update_DF)
         self.done[index] = LayerMemory.dense(torch.stack(updates), fast.sizes)

@@ -372,6 +372,24 @@ def test_writing_accumulates_in_float32_under_a_bfloat16_base(attach):
     torch.testing.assert_close(memory.layers[1].to_dense().update[0].double(), update, atol=1e-5 * update.abs().max().item(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_clipped_chunk_changes_a_layer_by_the_limit_and_a_small_one_as_ever(llama, attach, differentiable):
+    ttt, (ids, mask) = attach(llama, layers=(1,), chunk=5), batch_of(token_rows((20,)))
+
+    def written(clip, tokens):
+        ttt.clip(clip)
+        return write_once(llama.model, ttt, ids[:, :tokens], mask[:, :tokens], differentiable=differentiable)[1]
+
+    update = lambda clip: written(clip, 5).layers[1].to_dense().update
+    free, norm = update(None), ttt.down_norms[1]
+    assert free.norm() > 2e-3 * norm
+    torch.testing.assert_close(update(1e-3), free * (1e-3 * norm / free.norm()))
+    torch.testing.assert_close(update(1e3), free, atol=0, rtol=0)
+    assert 1e-3 < written(1e-3, 20).update_norm().item() <= 4.001e-3
+    with pytest.raises(ValueError, match="above 0"):
+        ttt.clip(0.0)
+
+
 # ---- two forms, any shape ----
 
 OPTION_SETS = st.fixed_dictionaries({
@@ -379,7 +397,7 @@ OPTION_SETS = st.fixed_dictionaries({
     "rule": st.sampled_from(["hebbian", "ridge"]), "key_map": st.sampled_from([0, 3]),
     "unit_keys": st.booleans(), "unit_targets": st.booleans(), "gate": st.booleans(), "kernel": st.sampled_from([1, 3, 5]),
     "codes": st.booleans(), "write_attention": st.sampled_from([0, 2]), "sparse": st.booleans(), "read_gate": st.booleans(),
-    "threshold": st.booleans(), "value_rank": st.sampled_from([0, 2]), "deep": st.booleans()
+    "threshold": st.booleans(), "value_rank": st.sampled_from([0, 2]), "deep": st.booleans(), "clip": st.sampled_from([None, 0.003])
 }).map(lambda options: possible(options))
 
 
@@ -390,7 +408,8 @@ def possible(options):
     deep = options["deep"] and options["codes"] and options["write_attention"] and options["target"] != "hidden_states"
     options = options | ({"read_attention": 2, "blind": True, "chunk": None} if deep else {"deep": False})
     options = options | {"threshold": options["threshold"] and options["read_gate"] and options["unit_targets"]}
-    return options if options["gate"] else options | {"sparse": False}
+    options = options if options["gate"] else options | {"sparse": False}
+    return options | {"clip": None} if options["chunk"] is None or options["sparse"] else options
 
 
 def both_forms(loaded, options, lengths, layout, layers=(0, 2)):
@@ -907,7 +926,8 @@ def test_without_differentiable_nothing_is_kept_for_gradients(llama, attach):
 @pytest.mark.parametrize("changes,named", [
     (dict(rule="delta"), "rule is 'delta'"), (dict(rule="ridge"), "the chunk must be 'whole'"), (dict(ridge=0.0), "ridge is 0.0"),
     (dict(key_map=-1), "key_map is -1"), (dict(layers=()), "layers is empty"), (dict(layers=(1, 1)), "twice"), (dict(chunk=0), "chunk is 0"), (dict(chunk=-3), "chunk is -3"),
-    (dict(kernel=4), "kernel is 4"), (dict(kernel=0), "kernel is 0"), (dict(target="logits"), "target is 'logits'"), (dict(init="zeros"), "init is 'zeros'")])
+    (dict(kernel=4), "kernel is 4"), (dict(kernel=0), "kernel is 0"), (dict(target="logits"), "target is 'logits'"), (dict(init="zeros"), "init is 'zeros'"),
+    (dict(clip=0.0), "clip is 0.0"), (dict(clip=0.1, chunk=None), "needs a chunk")])
 def test_bad_settings_are_refused(changes, named):
     with pytest.raises(ValueError, match=named):
         TTTConfig(**({"layers": (0,), "chunk": 4} | changes))

@@ -102,6 +102,17 @@ def test_an_answer_may_have_several_lines(long_run, adapter, monkeypatch):
     assert heard == [False] * 3 and all(row["prediction"] == "1. one\n2. two" for row in rows)
 
 
+def test_a_write_can_be_clipped_down_to_the_base(long_run, adapter, model, tmp_path):
+    rows = long_run("--adapter", adapter, "--modes", "in_context,ttt_paper", "--clip", "1e-12")[3]
+    assert said(rows, "ttt_paper") == said(rows, "in_context") and json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["clip"] == 1e-12
+    assert "another clip" in long_run("--adapter", adapter, "--resume")[2]
+    free = said(long_run("--adapter", adapter, "--modes", "ttt_paper", out="free")[3], "ttt_paper")
+    assert said(long_run("--adapter", adapter, "--modes", "ttt_paper", "--clip", "1e9", out="wide")[3], "ttt_paper") == free != said(rows, "ttt_paper")
+    whole = save_fast_weights(tmp_path / "whole", model, chunk=None)
+    code, _, err, _ = long_run("--adapter", whole, "--clip", 0.1, out="none")
+    assert code == 2 and "--clip 0.1: clip limits what each chunk adds" in err and len(err.strip().splitlines()) == 1
+
+
 def test_an_interrupted_run_goes_on(long_run, adapter, monkeypatch, tmp_path):
     whole = long_run("--adapter", adapter, out="whole")[3]
     calls, answer = iter(range(99)), run_long.answer
@@ -140,7 +151,7 @@ def test_items_from_a_file_are_the_items_made_here(long_run, run_main, model, tm
 
 
 @pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"), (["--workers", "0"], "--workers 0"),
-                                         (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "haystack")])
+                                         (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "haystack"), (["--clip", "0.1"], "--clip 0.1")])
 def test_bad_arguments(long_run, tmp_path, more, named):
     code, _, err, _ = long_run(*more)
     assert code == 2 and named in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
