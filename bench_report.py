@@ -61,8 +61,9 @@ def draw(lines: list[Line], model: str, path: Path) -> None:
         ax.set_yticks(places, [f"{line.case}: {line.way}" for line in some], fontsize=7)
         ax.invert_yaxis()
         ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())  # seldom two decades wide: the labels between would overlap
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = ax.get_xlim()
+        ax.xaxis.set_minor_formatter(NullFormatter())  # labels must not overlap, also where a panel is four decades wide
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
         ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         ax.set_title(part, fontsize=9)
     figure.savefig(path, dpi=150)
