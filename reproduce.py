@@ -32,7 +32,8 @@ JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 # The study trains 200 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words): 45 s for smollm2-study and 94 s for qwen-study, three
 # side by side on an H200. The arms that go on at length: 200 updates of 32,768 tokens, about one a second, two side by side.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
-LM, LONG_ROWS = ("--objective", "lm"), ("--length", "2048")
+LM, LONG_ROWS, DOCS = ("--objective", "lm"), ("--length", "2048"), ("--data", "package-docs")
+CLIPS = ("0.001", "0.01")
 # All items of a task and length in one batch. In float32 four modes side by side
 # answered 23,000 tokens of prompts a second on an H200, too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
 LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "1310720")
@@ -70,6 +71,7 @@ class Arm:
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
     long: str | None = None       # modes in which run_long.py asks long texts
     lengths: str = SHORT          # of these texts
+    clips: tuple[str, ...] = ()   # limits of a chunk under which SHORT texts are asked once more, in ttt_paper
     tuned: bool = False           # a LoRA that reads in context
 
     @property
@@ -82,13 +84,15 @@ class Arm:
 
 
 def study(base: str, rows: int, model=(), chunks=(), far: str = SHORT) -> list[Arm]:
-    """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, W_down trained along, our
-    objective on the same mechanism, and the first one with these chunks, in rows of twice the length. far: lengths that the first one is asked."""
-    arms = {"study": (*LM, *LONG_ROWS), "study-wdown": (*LM, *LONG_ROWS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
-    sized = {f"{base}-{name}": (*how, "--conversations", str(rows)) for name, how in arms.items()}
-    sized |= {f"{base}-study-{chunk}": (*LM, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
-    return [Arm(name, (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", lengths=far if name == f"{base}-study" else SHORT)
-            for name, how in sized.items()]
+    """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, on the bank's conversations joined and on
+    documentation, W_down trained along, our objective on the same mechanism, and documentation with these chunks, in rows of twice the length. far: lengths that
+    the arm of documentation is asked. What it writes is clipped, too, in other runs."""
+    arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
+    sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
+    sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
+    clips = {"study": CLIPS[:1], "study-docs": CLIPS}
+    return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", lengths=far if name == "study-docs" else SHORT,
+                clips=clips.get(name, ())) for name, how in sized.items()]
 
 
 def longer(of: str, model=()) -> Arm:
@@ -155,14 +159,17 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
         path = out / "results" / "harm" / f"{row.name}-{lang}.json"
         if not path.exists():
             commands.append(["harm.py", *row.model, *adapter, "--lang", lang, "--out", str(path)])
-    folder = long_folder(row, out)
-    if row.long and not answered(folder, "modes", row.long):
-        commands.append(["run_long.py", *row.model, *adapter, "--modes", row.long, "--lengths", row.lengths, *LONG, "--out", str(folder), "--resume"])
+    for folder, modes, lengths, clip in long_runs(row, out):
+        if not answered(folder, "modes", modes):
+            commands.append(["run_long.py", *row.model, *adapter, *clip, "--modes", modes, "--lengths", lengths, *LONG, "--out", str(folder), "--resume"])
     return commands
 
 
-def long_folder(row: Arm, out: Path) -> Path:
-    return out / "results" / "long" / row.name
+def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, str, tuple[str, ...]]]:
+    """(folder, modes, lengths, the option that clips) of each run of a row's long texts."""
+    folder = out / "results" / "long" / row.name
+    clipped = [(folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", SHORT, ("--clip", clip)) for clip in row.clips]
+    return [(folder, row.long, row.lengths, ()), *clipped] if row.long else []
 
 
 def answered(folder: Path, field: str, wanted: str) -> bool:
@@ -276,7 +283,7 @@ def what_next(arguments) -> str:
     """The commands that score these rows' answers, on the benchmark and on long texts; where they lie among the repository's own they are found there."""
     rows, results = [ARMS[name] for name in arguments.only], arguments.out / "results"
     folders = {"evaluate.py": [results / ask.folder.format(row.name) for row in rows for ask in row.asks if ask.more != BY_HAND],
-               "report_long.py": [long_folder(row, arguments.out) for row in rows if row.long]}
+               "report_long.py": [folder for row in rows for folder, *_ in long_runs(row, arguments.out)]}
     places = {"evaluate.py": results, "report_long.py": results / "long"}
     said = lambda script: [] if arguments.out.resolve() == HERE else [*map(str, folders[script]), "--out", str(places[script])]
     return "; ".join(" ".join(["python", script, *said(script)]) for script in folders if folders[script])

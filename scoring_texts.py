@@ -71,10 +71,11 @@ def prose(docstring: str) -> str:
     return "\n\n".join(p for p in paragraphs if not any(line.lstrip().startswith(NO_PROSE) for line in p.split("\n")))
 
 
-def scipy_stats() -> list[Document]:
-    """The documentation of scipy.stats: a document a module, a docstring that stands in several modules in the first of them alone."""
-    root, seen, documents = Path(importlib.util.find_spec("scipy").submodule_search_locations[0]), set(), []
-    for path in sorted((root / "stats").rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+def documentation(package: str, under: str = "", seen: set[str] | None = None) -> list[Document]:
+    """The docstrings' prose of an installed package (or of what is under a folder of it): a document a module, a docstring that stands in several modules
+    in the first of them alone. seen: docstrings that stood elsewhere before."""
+    root, seen, documents = Path(importlib.util.find_spec(package).submodule_search_locations[0]), set() if seen is None else seen, []
+    for path in sorted((root / under).rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         if "tests" in path.relative_to(root).parts:
             continue
         new = [text for text in dict.fromkeys(docstrings(path.read_bytes())) if text not in seen]
@@ -85,6 +86,17 @@ def scipy_stats() -> list[Document]:
     return documents
 
 
+DOCUMENTED = {"numpy": [""], "matplotlib": [""], "transformers": ["generation"], "torch": ["nn", "optim", "distributions", "utils", "distributed"], "datasets": [""], "peft": [""],
+              "accelerate": [""], "modal": [""]}  # package: its folders
+
+
+def package_docs() -> list[Document]:
+    """The documentation of packages that this project needs anyway, without SciPy's, which is scored."""
+    seen: set[str] = set()
+    return [Document(f"{package}/{document.name}", document.text) for package, folders in DOCUMENTED.items()
+            for under in folders for document in documentation(package, under, seen)]
+
+
 def distractors() -> list[Document]:
     """The benchmark's unrelated prose: the English texts that follow its level-3 conversations."""
     samples = benchmark_file.load_benchmark(Path(__file__).parent / "benchmark_v1.json")["samples"]
@@ -92,17 +104,19 @@ def distractors() -> list[Document]:
 
 
 BUILTIN = {
-    "scipy-stats": Builtin(scipy_stats, "95e4c320f22dca400999154708ba9aeb8c3d4487bc8632dc64dcb97b986998e8", "BSD-3-Clause (SciPy developers)", "the documentation of scipy.stats 1.17.1, a reference manual"),
+    "scipy-stats": Builtin(lambda: documentation("scipy", "stats"), "95e4c320f22dca400999154708ba9aeb8c3d4487bc8632dc64dcb97b986998e8", "BSD-3-Clause (SciPy developers)", "the documentation of scipy.stats 1.17.1, a reference manual"),
+    "package-docs": Builtin(package_docs, "5a551e96a7f786f788947cfcd5feff6f9b815fa81d972d4b41dccb2003b14294", "BSD-3-Clause, Apache-2.0 and Matplotlib's, of their authors",
+                            "the documentation of packages in requirements.txt, without SciPy's: for training (--data) what scipy-stats scores"),
     "distractors": Builtin(distractors, "1f955a9742dee073ce0fdd2a309b7a4de38eab164b9817a63dbee26214767a18", "MIT, as this project", "the prose of benchmark_v1.json that has nothing to do with its conversations"),
 }
 
 
-def builtin_text(name: str) -> list[Document]:
+def builtin_text(name: str, option: str = "--text") -> list[Document]:
     """A text that comes with what is installed; UserError unless it is, byte for byte, the one that was scored before."""
     found = BUILTIN[name].make()
     if digest_of(found) != BUILTIN[name].sha256:
-        raise UserError(f"--text {name}: what is installed gives another text (SHA-256 {digest_of(found)[:12]}, not {BUILTIN[name].sha256[:12]}): {BUILTIN[name].says}; "
-                        "install the versions of requirements.txt, or take the file that --save-text writes where they are")
+        raise UserError(f"{option} {name}: what is installed gives another text (SHA-256 {digest_of(found)[:12]}, not {BUILTIN[name].sha256[:12]}): {BUILTIN[name].says}; "
+                        "install the versions of requirements.txt, or take the file that score_lm.py --save-text writes where they are")
     return found
 
 

@@ -38,6 +38,7 @@ from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device
 from objectives import AIDS, OBJECTIVES
 from parallel import Group, check_sharding, process_group, shard_base
+from scoring_texts import BUILTIN
 from training_data import CORPORA, BankDataset, TextDataset, batches, load_texts
 from training_state import LOG, STATE, identity, keep_log, resume, save_state
 from update_parts import part_of
@@ -172,7 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     data = parser.add_argument_group("the data")
-    data.add_argument("--data", default="bank", help=f"for lm: bank, {', '.join(CORPORA)}, or a .txt or .jsonl file (default: %(default)s)")
+    data.add_argument("--data", default="bank", help=f"for lm: bank, {', '.join([*BUILTIN, *CORPORA])}, or a .txt or .jsonl file (default: %(default)s)")
     data.add_argument("--length", type=int, help="tokens of an lm row, texts joined up to it; else of a conversation, filled up with prose "
                       f"(default: for lm {LM_LENGTH} at most, one text a row, but for --form study {LM_LENGTH}; else the conversation as it is)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")

@@ -16,6 +16,7 @@ import prompts
 import training_bank
 from hub_files import limit_waiting
 from manifests import UserError, file_sha256
+from scoring_texts import BUILTIN, builtin_text
 
 IGNORE = -100           # label of a position that carries no loss
 NOWHERE = -1            # address of an answer token that stands nowhere in the text (the line break that ends the answer)
@@ -276,15 +277,17 @@ class BankTexts:
 def load_texts(source: str, langs) -> tuple[object, str]:
     """Texts for the next-token objective and a hash of them.
 
-    source: "bank", one of CORPORA (from the Hub), or a local .txt (texts between blank lines) or .jsonl file ("text" per line).
+    source: "bank", one of scoring_texts.BUILTIN (of what is installed), one of CORPORA (from the Hub), or a local .txt (texts between blank lines) or .jsonl file ("text" per line).
     """
     if source == "bank":
         return BankTexts(langs), training_bank.bank_sha256()
+    if source in BUILTIN:
+        return [document.text for document in builtin_text(source, "--data")], BUILTIN[source].sha256
     if source in CORPORA:
         return from_hub(source)
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"--data {source}: no such file; give a .txt or .jsonl file, bank, or one of {', '.join(CORPORA)}")
+        raise UserError(f"--data {source}: no such file; give a .txt or .jsonl file, bank, or one of {', '.join([*BUILTIN, *CORPORA])}")
     if path.suffix == ".jsonl":
         texts = [jsonl_text(line, path, number) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
     else:

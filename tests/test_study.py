@@ -411,9 +411,9 @@ def test_recall_at_length_by_command(tmp_path, call):
 
 def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatch):
     rows = [row for row in reproduce.ARMS.values() if "-study" in row.name]
-    assert {f"{base}-{arm}" for base in ("smollm2", "qwen", "gemma3") for arm in ("study", "study-wdown", "study-recall")} <= {row.name for row in rows}
+    assert {f"{base}-{arm}" for base in ("smollm2", "qwen", "gemma3") for arm in ("study", "study-docs", "study-docs-wdown", "study-recall")} <= {row.name for row in rows}
     for row in rows:
-        (training,), (asking,) = reproduce.training(row, tmp_path), reproduce.questions(row, tmp_path)
+        (training,), (asking, *clipped) = reproduce.training(row, tmp_path), reproduce.questions(row, tmp_path)
         monkeypatch.setattr("sys.argv", training)
         arguments = train_minimal.parse_arguments()
         config = train_minimal.ttt_config(arguments, arguments.row)
@@ -421,8 +421,14 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
         assert arguments.objective == ("recall" if row.name.endswith("recall") else "lm") and train_minimal.parse_groups(arguments) if arguments.groups else True
         monkeypatch.setattr("sys.argv", asking)
         assert run_long.parse_arguments().modes == ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
+        assert arguments.data == ("package-docs" if "-docs" in row.name else "bank") and len(clipped) == len(row.clips)
+        for clip, again in zip(row.clips, clipped):
+            monkeypatch.setattr("sys.argv", again)
+            asked = run_long.parse_arguments()
+            assert asked.clip == float(clip) and asked.modes == ["ttt_paper"] and asked.out.endswith(f"{row.name}-clip-{clip}")
     arguments = types.SimpleNamespace(only=["smollm2-study"], out=tmp_path)
-    assert reproduce.what_next(arguments) == f"python report_long.py {tmp_path / 'results/long/smollm2-study'} --out {tmp_path / 'results/long'}"
+    folder = tmp_path / "results/long"
+    assert reproduce.what_next(arguments) == f"python report_long.py {folder / 'smollm2-study'} {folder / 'smollm2-study-clip-0.001'} --out {folder}"
 
 
 @pytest.mark.parametrize("name", ["smollm2-deep", "qwen-deep"])
@@ -437,8 +443,9 @@ def test_an_arm_goes_on_at_length_with_its_own_settings(name, tmp_path, monkeypa
 
 
 def test_long_texts_that_are_answered_are_not_asked_again(tmp_path):
-    row = reproduce.ARMS["smollm2-study"]
-    run_file = reproduce.long_folder(row, tmp_path) / "run.json"
+    row = reproduce.ARMS["smollm2-study-recall"]
+    ((folder, *_),) = reproduce.long_runs(row, tmp_path)
+    run_file = folder / "run.json"
     run_file.parent.mkdir(parents=True)
     for found, left in (({"complete": False, "modes": ["ttt_paper", "ttt_strict"]}, 1), ({"complete": True, "modes": ["ttt_paper"]}, 1),
                         ({"complete": True, "modes": ["in_context", "ttt_paper", "ttt_strict"]}, 0)):

@@ -1,5 +1,6 @@
 """What an update sees: packed rows are the arithmetic of one prompt per question, and a batch is (seed, update) and nothing else."""
 import copy
+import dataclasses
 import hashlib
 import json
 import random
@@ -332,6 +333,14 @@ def test_a_file_that_holds_no_texts_is_one_clear_line(name, tmp_path):
 CORPUS_ROWS = {"tinystories": ([{"text": "Once."}, {"text": " "}], ["Once."]),
                "longalpaca": ([{"instruction": "Read: a. What?", "output": "b", "input": "", "file": "x"}], ["Read: a. What?\nb"]),
                "no_robots": ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}], ["user: hi\nassistant: ho"])}
+
+
+def test_an_installed_text_can_be_trained_on(monkeypatch):
+    texts, sha = load_texts("distractors", ("en",))
+    assert sha == training_data.BUILTIN["distractors"].sha256 and len(texts) > 10 and all(texts)
+    monkeypatch.setitem(training_data.BUILTIN, "distractors", dataclasses.replace(training_data.BUILTIN["distractors"], sha256="0" * 64))
+    with pytest.raises(UserError, match="--data distractors: what is installed gives another text"):
+        load_texts("distractors", ("en",))
 
 
 @pytest.mark.parametrize("name", training_data.CORPORA)
