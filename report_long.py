@@ -1,4 +1,4 @@
-"""Score the runs of run_long.py: accuracy, gain over in_context, time and memory by mode and length; a report, two figures, a table.
+"""Score the runs of run_long.py: accuracy, gain over in_context, time and memory by mode and length; a report, two figures a model, a table.
 
     python report_long.py                       every results/long/*/run.json; rewrites the block "long-tasks" of RESULTS.md
     python report_long.py results/long/a --out /elsewhere
@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 import plots
 from evaluate import write_text
@@ -32,6 +33,7 @@ ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length"
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
 ALL = "mean over tasks"
+STROKES = {"ttt_empty": ":", "ttt_paper": "-", "ttt_strict": "--"}
 
 
 # ---- what ran ----
@@ -121,45 +123,49 @@ def by_task(items: list[str], rows: dict, number) -> dict[str, list[float]]:
 # ---- figures ----
 
 def draw_accuracy(arms: list[dict], path: Path) -> None:
-    """Score against length, a panel a task, a line an arm and mode; in_context once a model."""
+    """Score of one model's arms against length, a panel a task, a line an arm and mode; in_context once."""
     tasks = list(dict.fromkeys(cell["task"] for arm in arms for cell in arm["cells"]))
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.2))
+        figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.6))
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for spare in axes[len(tasks):]:
             spare.set_visible(False)
-        figure.suptitle("Score by tokens of prompt and answer (bars: 95% bootstrap over items)")
+        figure.suptitle(f"{arms[0]['model']}: score by tokens of prompt and answer (bars: 95% bootstrap over items)")
         lines = lines_of(arms)
         for ax, task in zip(axes, tasks):
-            for number, (label, cells) in enumerate(lines.items()):
+            for number, (label, (look, cells)) in enumerate(lines.items()):
                 mine = [cell for cell in cells if cell["task"] == task]
                 if mine:
                     ends = np.array([cell["ci"] or [cell["score"]] * 2 for cell in mine]).T
                     score = np.array([cell["score"] for cell in mine])
-                    ax.errorbar([cell["length"] * 1.03 ** (number - len(lines) / 2) for cell in mine], score, yerr=np.abs(ends - score),
-                                label=label, color=plots.COLORS[number % 7], marker=plots.MARKERS[number % 7], markersize=4, linewidth=1, capsize=2)
+                    ax.errorbar([cell["length"] * 1.3 ** ((number + 0.5) / len(lines) - 0.5) for cell in mine], score, yerr=np.abs(ends - score),
+                                label=label, markersize=3.5, linewidth=1, capsize=1.5, **look)
             ax.set_title(task)
             dress(ax, arms)
             ax.set_ylim(-0.05, 1.05)
         handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
         figure.savefig(path, dpi=plots.DPI)
 
 
 def draw_cost(arms: list[dict], path: Path) -> None:
-    """Seconds an item and peak memory against length, over all tasks."""
+    """Seconds an item and peak memory of one model's arms against length, over all tasks."""
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(8.5, 3.8))
+        lines = lines_of(arms)
+        figure = Figure(figsize=(8.5, 3.4 + 0.16 * len(lines)))
+        figure.suptitle(arms[0]["model"])
         for ax, name, text in zip(figure.subplots(1, 2), ("seconds", "peak_gb"), ("seconds an item (median)", "peak GB of a batch, above the weights")):
-            for number, (label, cells) in enumerate(lines_of(arms).items()):
+            for label, (look, cells) in lines.items():
                 mine = [cell for cell in cells if cell["task"] == (ALL if any(c["task"] == ALL for c in cells) else cells[0]["task"]) and cell[name] is not None]
                 if mine:
-                    ax.plot([cell["length"] for cell in mine], [cell[name] for cell in mine], label=label, color=plots.COLORS[number % 7], marker=plots.MARKERS[number % 7])
+                    ax.plot([cell["length"] for cell in mine], [cell[name] for cell in mine], label=label, markersize=4, **look)
             ax.set_title(text if ax.lines else f"{text}: not measured on a CPU")
             if ax.lines:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             dress(ax, arms)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.savefig(path, dpi=plots.DPI)
@@ -177,14 +183,17 @@ def named(arm: dict) -> str:
     return arm["arm"] + (f" clipped to {arm['clip']:g}" if arm["clip"] else "")
 
 
-def lines_of(arms: list[dict]) -> dict[str, list[dict]]:
-    """The lines of a figure: {label: cells in order of length}; a base's in_context is one line, however many arms share it."""
-    lines: dict[str, dict] = defaultdict(dict)
+def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
+    """The lines of a figure: {label: (how it is drawn, cells in order of length)}: an arm's colour, a mode's stroke; in_context is one line, however many arms share it."""
+    lines: dict[str, tuple[dict, dict]] = {}
+    number = -1
     for arm in arms:
+        number += any(cell["mode"] != "in_context" for cell in arm["cells"])
         for cell in sorted(arm["cells"], key=lambda cell: MODES.index(cell["mode"])):
-            label = f"{arm['model']}, in_context" if cell["mode"] == "in_context" else f"{named(arm)}, {cell['mode']}"
-            lines[label].setdefault((cell["task"], cell["length"]), cell)
-    return {label: sorted(cells.values(), key=lambda cell: cell["length"]) for label, cells in lines.items()}
+            base = cell["mode"] == "in_context"
+            look = {"color": "black", "marker": "."} if base else {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7], "linestyle": STROKES[cell["mode"]]}
+            lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1].setdefault((cell["task"], cell["length"]), cell)
+    return {label: (look, sorted(cells.values(), key=lambda cell: cell["length"])) for label, (look, cells) in lines.items()}
 
 
 # ---- tables ----
@@ -235,8 +244,10 @@ def main(arguments=None) -> int:
         around = around_block(results_md, BLOCK) if results_md else None
         report = build(folders, Bootstrap(seed=args.seed), args.allow_incomplete)
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        draw_accuracy(report["arms"], out / "figures/accuracy.png")
-        draw_cost(report["arms"], out / "figures/cost.png")
+        for model in dict.fromkeys(arm["model"] for arm in report["arms"]):
+            arms = [arm for arm in report["arms"] if arm["model"] == model]
+            draw_accuracy(arms, out / f"figures/accuracy-{model.replace('/', '-')}.png")
+            draw_cost(arms, out / f"figures/cost-{model.replace('/', '-')}.png")
         write_json(out / "report.json", report)
         if around:
             write_text(results_md, around[0] + tables(report) + around[1])

@@ -186,7 +186,7 @@ def test_gains_are_paired_and_tasks_weigh_alike(tmp_path):
     assert every["score"] == pytest.approx((0.75 + 0.5) / 2) and every["gain"] == pytest.approx((0.25 + 0.5) / 2) and every["n"] == 16
     assert every["gain_ci"][0] <= every["gain"] <= every["gain_ci"][1]
     assert "gain" not in cell(report, "a", "in_context")
-    assert (tmp_path / "o/figures/accuracy.png").stat().st_size > 10000 and (tmp_path / "o/figures/cost.png").exists()
+    assert (tmp_path / "o/figures/accuracy-tiny.png").stat().st_size > 10000 and (tmp_path / "o/figures/cost-tiny.png").exists()
 
 
 def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
