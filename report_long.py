@@ -24,11 +24,9 @@ from evaluate import write_text
 from intervals import Bootstrap, interval
 from manifests import write_json
 from report_tables import around_block, with_interval
-from results_files import ResultsError, check_sums, parse_object, read_lines, read_text
+from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
 from run_long import MODES
 
-RUN_FIELDS = {"arm": (str,), "model": (str,), "modes": (list,), "tasks": (list,), "lengths": (list,), "left_out": (list,), "commit": (str,),
-              "command": (str,), "device": (str,), "identity": (dict,), "complete": (bool,)}
 ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "score": (float, int), "seconds": (float, int),
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
@@ -41,7 +39,7 @@ STROKES = {"ttt_empty": ":", "ttt_paper": "-", "ttt_strict": "--"}
 def load(folder: Path, incomplete: bool = False) -> dict:
     """run.json with "rows": {mode: {item: row}}. incomplete: take a run that was not finished without the lengths that a mode has not answered whole."""
     mend = f"run run_long.py again into {folder}, or take the folder out"
-    run = parse_object(read_text(folder / "run.json", mend), folder / "run.json", RUN_FIELDS, mend)
+    run = parse_object(read_text(folder / "run.json", mend), folder / "run.json", LONG_RUN_FIELDS, mend)
     if not run["complete"] and not incomplete:
         raise ResultsError(f"{folder / 'run.json'}: the run was not finished; finish it with run_long.py --resume, or pass --allow-incomplete to score what is whole")
     check_sums(folder, run)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import benchmark_file
 from manifests import UserError, read_manifest
-from results_files import RUN_FIELDS, ResultsError, check_sums, parse_object, read_text
+from results_files import LONG_RUN_FIELDS, RUN_FIELDS, ResultsError, check_sums, parse_object, read_text
 
 MEND = "restore the file, or run again"
 
@@ -34,9 +34,9 @@ def verify(folders: list[Path]) -> tuple[list[str], bool]:
 
 
 def is_run(path: Path) -> bool:
-    """Is this the run.json of a run of conditions? Other instruments have folders under results/ too, of other rows."""
+    """Is this the run.json of a run of conditions, or of long texts in modes? Other instruments have folders under results/ too, of other rows."""
     try:
-        return "conditions" in json.loads(path.read_text(encoding="utf-8"))
+        return not {"conditions", "modes"}.isdisjoint(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError):
         return True  # it is to be named as broken
 
@@ -44,7 +44,8 @@ def is_run(path: Path) -> bool:
 def check_run(folder: Path):
     """A run's rows, benchmark and adapters against its run.json; yields what passed, raises at the first that does not."""
     path, rows_file = folder / "run.json", folder / "predictions.jsonl"
-    run = parse_object(read_text(path, MEND), path, RUN_FIELDS, MEND)
+    text = read_text(path, MEND)
+    run = parse_object(text, path, LONG_RUN_FIELDS if "modes" in parse_object(text, path, {}, MEND) else RUN_FIELDS, MEND)
     vouched = check_sums(folder, run)
     count = len(read_text(rows_file, MEND).split("\n")) - 1
     if run["complete"] and count != run["rows"]:
@@ -59,22 +60,26 @@ def check_run(folder: Path):
 
 def check_inputs(path: Path, run: dict):
     """The files a run was made from, those that are here; a benchmark or checkpoint that is not is named as such."""
-    bench = Path(run["benchmark"]["file"])
-    if not bench.is_file():
-        yield f"note  {path}: {bench} is not here to compare"
-    elif benchmark_file.sha256_of(bench) != run["benchmark"]["sha256"]:
-        raise ResultsError(f"{path}: {bench} is not the benchmark that ran; {MEND}")
-    else:
-        yield f"pass  {path}: ran on {bench}"
+    if "benchmark" in run:  # long texts are made anew
+        yield check_benchmark(path, run["benchmark"])
     for field in ("adapter", "tuned_adapter"):
         if not run.get(field):
             continue
         if not (Path(run[field]) / "manifest.json").is_file():
             yield f"note  {path}: {run[field]} is not here to compare"
-        elif run.get(f"{field}_sha256") not in read_manifest(run[field])["files"].values():
-            yield f"note  {path}: {run[field]} now holds another adapter than the one that ran ({str(run.get(f'{field}_sha256'))[:12]})"
+        elif (sha := (run | run.get("identity", {})).get(f"{field}_sha256")) not in read_manifest(run[field])["files"].values():
+            yield f"note  {path}: {run[field]} now holds another adapter than the one that ran ({str(sha)[:12]})"
         else:
             yield f"pass  {path}: ran with {run[field]}"
+
+
+def check_benchmark(path: Path, ran: dict) -> str:
+    bench = Path(ran["file"])
+    if not bench.is_file():
+        return f"note  {path}: {bench} is not here to compare"
+    if benchmark_file.sha256_of(bench) != ran["sha256"]:
+        raise ResultsError(f"{path}: {bench} is not the benchmark that ran; {MEND}")
+    return f"pass  {path}: ran on {bench}"
 
 
 def check_checkpoint(folder: Path):

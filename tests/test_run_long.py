@@ -6,6 +6,7 @@ import torch
 from conftest import strengthen
 from test_run_experiment import save_fast_weights, save_tiny
 
+import evaluate
 import report_long
 import run_long
 from decoding import greedy, prefill
@@ -128,6 +129,16 @@ def test_an_interrupted_run_goes_on(long_run, adapter, monkeypatch, tmp_path):
     assert code == 2 and "another item_seed" in err
 
 
+def test_verify_holds_a_run_to_its_manifest(long_run, adapter, tmp_path, capsys):
+    long_run("--adapter", adapter)
+    assert evaluate.main(["--verify", str(tmp_path / "r")]) == 0
+    said = capsys.readouterr().out
+    assert f"pass  {tmp_path / 'r/predictions.jsonl'}: 6 rows" in said and f"ran with {adapter}" in said and "2 pass, 0 note, 0 FAIL" in said
+    rows = tmp_path / "r/predictions.jsonl"
+    rows.write_bytes(rows.read_bytes().replace(b'"mqar"', b'"mqaR"', 1))
+    assert evaluate.main(["--verify", str(tmp_path / "r")]) == 1 and "cut short or changed" in capsys.readouterr().out
+
+
 def test_a_length_beyond_the_window_is_left_out_and_said(long_run, tmp_path):
     code, text, _, rows = long_run("--lengths", "1024,65536")
     assert code == 0 and "left out: length 65536" in text and {row["length"] for row in rows} == {1024}
@@ -167,7 +178,7 @@ def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s"):
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
         "arm": arm, "model": "tiny", "modes": sorted(mode_scores), "tasks": [], "lengths": [], "left_out": [], "commit": "c", "command": "python run_long.py", "device": "cpu",
-        "identity": {"model_sha256": sha, "dtype": "float32", "item_seeds": [0]}, "complete": complete, "objective": "recall", "chunk": 64}), encoding="utf-8")
+        "identity": {"model_sha256": sha, "dtype": "float32", "item_seeds": [0]}, "complete": complete, "objective": "recall", "chunk": 64, "adapter": None, "rows": len(rows)}), encoding="utf-8")
     return folder
 
 
