@@ -195,12 +195,16 @@ class FastWeight(nn.Module):
 
         Nothing comes over a chunk border.
         """
+        return self.value_unit * self.projected(held, column_BC)
+
+    def projected(self, held, column_BC: torch.Tensor | None = None) -> torch.Tensor:
+        """t P, likewise: all of `contents` but its unit."""
         near = neighbours(held.real, chunk_of(held.position, self.config.chunk), self.config.kernel, column_BC)
         taps = lambda x, conv: convolve(self.scaled(x), conv, *near)
         content_BCD = self.project(taps(held.x if self.config.target == "hidden_states" else held.source, self.conv), "proj")
         if self.config.target == "both":
             content_BCD = content_BCD + self.project(taps(held.x, self.conv_x), "proj_x")
-        return self.value_unit * content_BCD
+        return content_BCD
 
     def project(self, target_BSD: torch.Tensor, name: str) -> torch.Tensor:
         """t P with the P of that name."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftModel
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from decoding import attention_kinds, lowest, sliding_window
 from in_place_ttt import InPlaceTTT
@@ -30,7 +30,7 @@ from update_parts import Part
 
 SHARPNESS = 30.0    # logit of an address that a query meets fully: a product of two cosines, at most 1
 WORTHY = 2.0        # weight of a token worth writing beside one that is not: a fact that is not written costs more than a slot
-LOGITS = 2 ** 26    # of next tokens at a time: a quarter of a gigabyte in float32
+LOGITS = 2 ** 25    # of next tokens at a time: an eighth of a gigabyte in float32. Fewer, and reading the head's weights takes longer than its products
 NULL = 0.4          # what a query must meet better than to be no query for nothing
 AIDS = {"address": 0.3, "worth": 0.3, "calm": 0.3, "foreign": 0.3}  # weights beside the answers' loss (DECISIONS.md)
 
@@ -183,15 +183,36 @@ def lm_step(loaded: Loaded, ttt: InPlaceTTT, batch: list[list[int]], device, par
 
 
 def next_token_loss(head, hidden_MD: torch.Tensor, wanted_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross-entropy of all M tokens, summed; how many the argmax got right). Logits are made for so many tokens at a time that LOGITS numbers
-    hold them, and once more in the backward pass: all at once, they and their gradients are the largest thing that a training step holds."""
-    def some(hidden, wanted):
-        logits = head(hidden).float()
-        return cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
+    """(cross-entropy of all M tokens, summed; how many the argmax got right), by a head that does not learn. Logits are made for so many tokens at
+    a time that LOGITS numbers hold them: all at once, they and their gradients are the largest thing that a training step holds."""
+    return NextTokenLoss.apply(hidden_MD, wanted_M, head)
 
-    at_once = max(1, LOGITS // head.weight.shape[0])
-    parts = [checkpoint(some, *pair, use_reentrant=False) for pair in zip(hidden_MD.split(at_once), wanted_M.split(at_once))]
-    return tuple(map(sum, zip(*parts)))
+
+class NextTokenLoss(torch.autograd.Function):
+    """A sum's gradient is known up to a factor once the logits are. It is made along with them, in place of making them once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_MD, wanted_M, head):
+        def some(hidden, wanted):
+            logits = head(hidden).float()
+            return cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
+
+        at_once, parts, grads, learns = max(1, LOGITS // head.weight.shape[0]), [], [], ctx.needs_input_grad[0]
+        for hidden, wanted in zip(hidden_MD.split(at_once), wanted_M.split(at_once)):
+            hidden = hidden.detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                loss, right = some(hidden, wanted)
+            if learns:
+                grads += torch.autograd.grad(loss, hidden)
+            parts.append((loss.detach(), right))
+        if learns:
+            ctx.save_for_backward(torch.cat(grads))
+        return tuple(map(sum, zip(*parts)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        return ctx.saved_tensors[0] * grad, None, None
 
 
 def context_step(loaded: Loaded, ttt: None, batch: Batch, device, part: Part = Part()) -> Step:

@@ -10,6 +10,7 @@ import torch
 
 from fixed_cache import FixedPair
 from fast_weight import FastWeight, Slots, chunk_of, fit, limited, whole_or_long, write_bias, writes
+from lean import again
 from memory import LayerMemory, Memory, expand, leading, meets, pick_columns
 from side_stream import distance_bias, unit_rms
 
@@ -170,7 +171,7 @@ class Writer:
         self.long_calls = owner.config.chunk is None  # chunks are read within a call pair by pair; a whole text's tokens are only kept until its end
         self.done: dict[int, LayerMemory] = dict(memory.layers) if memory else {}
         self._parts: dict[int, list[Pending]] = {}  # of each layer, call by call
-        self._made: dict[int, LayerMemory] = {}     # what a differentiable write of chunks has made of all tokens so far, for those that read finished chunks
+        self._made: dict[int, torch.Tensor] = {}    # contents that a differentiable write of chunks has made of all tokens so far, for those that read finished chunks
         self.slots: Slots | None = None  # layer by layer in order: [layers, B, ...], of the tokens held until memory(): all, but for chunks without gradients
         self.wanted: dict[int, tuple[LayerMemory, torch.Tensor]] = {}  # likewise: each layer's keys with what they are to answer, and the strength [B, S] of each
         self.tokens_B: torch.Tensor | None = None
@@ -229,19 +230,28 @@ class Writer:
         return {index: one for index, (one,) in self._parts.items()}
 
     def _visible_share(self, index: int, fast: FastWeight, held: Pending, new: Pending) -> torch.Tensor | None:
-        """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk."""
-        chunk = self.owner.config.chunk
-        x_BLD, slots = fast.scaled(new.x), fast.slots(held)
-        query_BLF = fast.query(x_BLD, new.h)
-        value_BSD = self._limited(index, held, slots.keys, fast.contents(held) * (slots.weights * held.fresh).unsqueeze(-1))
-        visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
+        """What finished chunks add to this call's outputs: block-causal linear attention, no D x F matrix per chunk.
+
+        Of it the backward pass is left x, h and the contents. The rest, in float32 and with a conv's taps, would be four times what another layer keeps,
+        and takes no large product to make again but the score.
+        """
+        chunk, before = self.owner.config.chunk, self.done.get(index)
+
+        def share(content_BSD: torch.Tensor) -> torch.Tensor:
+            x_BLD, slots = fast.scaled(new.x), fast.slots(held)
+            query_BLF = fast.query(x_BLD, new.h)
+            value_BSD = self._limited(index, held, slots.keys, content_BSD * (slots.weights * held.fresh).unsqueeze(-1))
+            visible_BLS = chunk_of(held.position, chunk)[:, None, :] < chunk_of(new.position, chunk)[:, :, None]
+            score_BLS = meets(query_BLF, slots.keys, fast.sizes).to(value_BSD.dtype) * visible_BLS
+            share_BLD = score_BLS @ value_BSD
+            if before is not None:
+                share_BLD = share_BLD + before.read(query_BLF)
+            return fast.taken(x_BLD, share_BLD)
+
+        content_BSD = fast.value_unit * again(lambda: fast.projected(held))  # the unit stands outside: what comes behind P's product would have it made again
         if self.differentiable:
-            self._made[index] = LayerMemory.factored(slots.keys.detach(), value_BSD.detach(), sizes=fast.sizes)
-        score_BLS = meets(query_BLF, slots.keys, fast.sizes).to(value_BSD.dtype) * visible_BLS
-        share_BLD = score_BLS @ value_BSD
-        if index in self.done:
-            share_BLD = share_BLD + self.done[index].read(query_BLF)
-        return fast.taken(x_BLD, share_BLD)
+            self._made[index] = content_BSD.detach()
+        return again(share, content_BSD)
 
     def _limited(self, index: int, held: Pending, key_BSK: torch.Tensor, value_BSD: torch.Tensor) -> torch.Tensor:
         """A layer's values of the held tokens, such that no chunk of them changes it by more than the limit, where there is one."""
@@ -268,10 +278,11 @@ class Writer:
         if not self.differentiable:
             self.done[index] = self.done[index].smaller_form()
 
-    def _sum(self, index: int, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor) -> LayerMemory:
-        """Hebbian: the outer products of the chosen tokens."""
+    def _sum(self, index: int, fast: FastWeight, held: Pending, chosen_BS: torch.Tensor, content_BSD: torch.Tensor | None = None) -> LayerMemory:
+        """Hebbian: the outer products of the chosen tokens. content: of all that are held, where the caller has it."""
         slots = fast.slots(held)
-        value_BSD = self._limited(index, held, slots.keys, fast.contents(held) * (slots.weights * chosen_BS).unsqueeze(-1))
+        content_BSD = fast.contents(held) if content_BSD is None else content_BSD
+        value_BSD = self._limited(index, held, slots.keys, content_BSD * (slots.weights * chosen_BS).unsqueeze(-1))
         update = LayerMemory.factored(slots.keys, value_BSD, sizes=fast.sizes)
         return update if self.differentiable or not self.owner.config.sparse else update.where(slots.weights * chosen_BS > 0)
 
@@ -409,11 +420,12 @@ class Writer:
     def made(self) -> Memory:
         """memory() of a differentiable write of chunks, without gradients: what finished chunks were read from, of all tokens, and so not made again
         (slots and wanted, which memory() leaves, are not there). Of a text in one chunk nothing is read back, so it is made here."""
-        if not self._made:
-            with torch.no_grad():
+        with torch.no_grad():
+            if not self._made:
                 return self.memory()
-        for index, update in self._made.items():
-            self._add(index, update)
+            for index, content_BSD in self._made.items():
+                held = self._held(index)
+                self._add(index, self._sum(index, self.owner.fast[str(index)], held, held.fresh, content_BSD))
         return self._finished()
 
     def _finished(self, group: int = 1) -> Memory:

@@ -1,10 +1,32 @@
 """The base's own arithmetic in forms that keep less: the same numbers, and less kept."""
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import FAMILIES, token_rows
 
 import lean
+import sessions
+from fast_weight import TTTConfig
+from in_place_ttt import InPlaceTTT
 from model_utils import load_model
+from objectives import lm_step
+
+
+@contextmanager
+def kept(*modules):
+    """{address: bytes} of what the backward pass is left, beside the modules' parameters."""
+    weights, storages, held = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}, {}, []
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+            held.append(storage)  # so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield storages
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -37,18 +59,10 @@ def test_lean_mlps_give_the_same_bits_keep_less_and_can_be_undone(name):
 
     def outcome(model):
         """(logits, gradient, bytes kept for the backward pass beside the weights)."""
-        weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def keep(t):
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage  # held, so that no address comes twice
-            return t
-
         embeds = model.get_input_embeddings()(ids).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with kept(model) as storages:
             logits = model(inputs_embeds=embeds).logits
-        return logits.detach(), torch.autograd.grad(logits.square().sum(), embeds)[0], sum(storage.nbytes() for storage in kept.values())
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), embeds)[0], sum(storages.values())
 
     model = load_model(name).model
     before, names, modules = outcome(model), list(dict(model.named_parameters())), dict(model.named_modules())
@@ -63,3 +77,41 @@ def test_lean_mlps_give_the_same_bits_keep_less_and_can_be_undone(name):
     assert dict(model.named_modules()) == modules
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before[0])
+
+
+def test_what_is_made_again_is_not_kept_and_the_product_that_ends_it_is_made_once():
+    x, weight, calls = torch.randn(64, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True), []
+    step = lambda name, t: calls.append(name) or t
+    function = lambda x: step("product", step("exp", x.exp()) @ weight)
+    plain = torch.autograd.grad(function(x).sum(), (x, weight))
+    calls.clear()
+    with kept() as storages:
+        out = lean.again(function, x)
+    assert list(storages) == [x.untyped_storage().data_ptr()] and calls == ["exp", "product"]
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), (x, weight)), plain)) and calls == ["exp", "product", "exp"]
+    with torch.no_grad():
+        assert not lean.again(function, x).requires_grad
+
+
+@pytest.mark.parametrize("form", [{"unit_keys": True, "gate": True, "unit_targets": True, "init": "shift"}, {"codes": True, "write_attention": 2, "gate": True},
+                                  {"key_map": 3, "target": "both", "value_rank": 2, "read_gate": True, "w_down": True}], ids=" ".join)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_layer_makes_again_of_its_chunks_changes_no_bit(name, form, monkeypatch):
+    """Loss, gradients and memory of a next-token step, against those of a step that keeps everything."""
+    outcomes = []
+    for again in (lean.again, lambda function, *tensors: function(*tensors)):
+        monkeypatch.setattr(sessions, "again", again)
+        loaded = load_model(name)
+        ttt = InPlaceTTT(loaded.model, TTTConfig(layers=(1, 2), chunk=4, **form))
+        with torch.no_grad():
+            torch.manual_seed(0)
+            for p in ttt.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        with kept(loaded.model, ttt) as storages:
+            step = lm_step(loaded, ttt, token_rows((31, 20)), torch.device("cpu"))
+        step.loss.backward()
+        outcomes.append(([step.loss.detach(), *(p.grad for p in ttt.parameters()), *(t for layer in step.memory.layers.values() for t in layer.tensors().values())],
+                         sum(storages.values())))
+    (lean_ones, fewer), (plain, all_of_it) = outcomes
+    assert len(lean_ones) == len(plain) and all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(lean_ones, plain))
+    assert fewer < all_of_it

@@ -146,8 +146,8 @@ def test_without_gradients_the_memory_of_an_lm_step_is_not_made_again(attached, 
     """It is what finished chunks were read from, of all tokens: the memory of a plain write."""
     loaded, rows = tiny("tiny-llama"), token_rows((37, 20))
     ttt = strengthen(attached(loaded, layers=(1, 2), chunk=8, gate=True))
-    made, contents = [], fast_weight.FastWeight.contents
-    monkeypatch.setattr(fast_weight.FastWeight, "contents", lambda self, *how: made.append(1) or contents(self, *how))
+    made, projected = [], fast_weight.FastWeight.projected
+    monkeypatch.setattr(fast_weight.FastWeight, "projected", lambda self, *how: made.append(1) or projected(self, *how))
     memory = lm_step(loaded, ttt, rows, CPU).memory
     assert len(made) == 2
     ids, mask = objectives.pad_right(rows, loaded.tokenizer.pad_token_id, CPU)
