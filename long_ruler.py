@@ -137,15 +137,17 @@ def needles(spec: Needles, essay: list[str] | None, units: int, rng: random.Rand
             lines.insert(place, line)
         context = "\n".join(lines)
     asked = rng.sample(list(values), spec.asked)
-    query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
-    if spec.asked * spec.values == 1:
-        first, are, kind = "A special magic {} is", "is", spec.value.removesuffix("s")
-    else:
-        first, are, kind = "Some special magic {} are", "are all", spec.value
-    head = f"{first.format(kind)} hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} afterwards.\n"
-    question = (f"\nWhat {are} the special magic {kind} for {query} mentioned in the provided text?"
-                f" The special magic {kind} for {query} mentioned in the provided text {are.removesuffix(' all')}")
+    head, question = asking(spec.value, asked, spec.asked * spec.values)
     return Parts(head + context, question, tuple(value for key in asked for value in values[key]))
+
+
+def asking(kind: str, asked: list[str], values: int) -> tuple[str, str]:
+    """(what stands before the text, the question behind it) where so many values of these keys are asked for."""
+    query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
+    first, are, kind = ("A special magic {} is", "is", kind.removesuffix("s")) if values == 1 else ("Some special magic {} are", "are all", kind)
+    return (f"{first.format(kind)} hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} afterwards.\n",
+            f"\nWhat {are} the special magic {kind} for {query} mentioned in the provided text?"
+            f" The special magic {kind} for {query} mentioned in the provided text {are.removesuffix(' all')}")
 
 
 def in_essay(hidden: list[str], essay: list[str], units: int, rng: random.Random) -> str:
@@ -246,6 +248,7 @@ def frequent_words(vocabulary: int, units: int, rng: random.Random) -> Parts:
 
 # --- multi-query associative recall ------------------------------------------------------------------------------------
 
+PAIRS, PAIR_QUESTION = "Each line holds a word and the word that belongs to it.\n", "\n\nWhich word belongs to {key}?\n{key}:"
 QUERIES = 8           # questions about one document
 RECALL_NEW_TOKENS = 8  # a value is one token in Zoology, a word here
 
@@ -260,7 +263,7 @@ def recall_pairs(query: int, units: int, rng: random.Random) -> Parts:
     pairs = list(zip(chosen[::2], chosen[1::2]))
     key, value = rng.sample(pairs, QUERIES)[query]
     lines = "\n".join(f"{left}: {right}" for left, right in pairs)
-    return Parts(f"Each line holds a word and the word that belongs to it.\n{lines}", f"\n\nWhich word belongs to {key}?\n{key}:", (value,))
+    return Parts(PAIRS + lines, PAIR_QUESTION.format(key=key), (value,))
 
 
 # --- candidates --------------------------------------------------------------------------------------------------------

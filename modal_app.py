@@ -31,8 +31,8 @@ RUNS_MOUNT, WEIGHTS_MOUNT = Path("/vol/runs"), Path("/vol/weights")
 CODE_MOUNT = "/root"  # in the container: where Modal puts the modules that add_local_python_source names
 # Every module of this folder that a script imports, and the scripts. A module that is not named is not uploaded.
 MODULES = ("adapter_checks", "arms", "bank_talk", "bank_values", "benchmark_checks", "benchmark_dialogue", "benchmark_file", "benchmark_values", "build_benchmark",
-           "conditions", "decoding", "evaluate", "fast_weight", "fixed_cache", "gguf_packages", "halving", "hardware", "hub_files", "in_place_ttt", "intervals", "lean", "manifests",
-           "memory", "model_utils", "objectives", "parallel", "plots", "prompts", "report_tables", "results_files", "run_experiment", "sanity", "scoring_texts", "sessions",
+           "conditions", "decoding", "evaluate", "fast_weight", "fixed_cache", "gguf_packages", "halving", "hardware", "hub_files", "in_place_ttt", "intervals", "lean", "long_items", "long_ruler", "manifests",
+           "memory", "model_utils", "needle_data", "objectives", "parallel", "plots", "prompts", "report_tables", "results_files", "run_experiment", "sanity", "scoring_texts", "sessions",
            "side_stream", "stages", "template_index", "tensor_files", "train_minimal", "training_bank", "training_data", "training_state", "update_parts", "verify_files")
 CONDITIONS = "A_context,A_tuned,B_memory,C_nothing,D_distractor,A_distractor,B_swapped"
 

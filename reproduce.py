@@ -95,10 +95,11 @@ def study(base: str, rows: int, model=(), chunks=(), far: str = SHORT) -> list[A
                 clips=clips.get(name, ())) for name, how in sized.items()]
 
 
-def longer(of: str, model=()) -> Arm:
-    """A recall arm that goes on on conversations of the study's length."""
-    return Arm(f"{of}-long", (), ("--workers", "6", "--save-every", "100", "--updates", "200", "--warmup", "20", "--lr", "0.0005", *LONG_ROWS,
-                                  "--groups", "1", "--conversations", "16"), model, start=of, long="ttt_paper,ttt_strict")
+def longer(of: str, model=()) -> list[Arm]:
+    """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles."""
+    how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--lr", "0.0005", "--groups", "1", "--conversations", "16")
+    on = {"long": ("--updates", "200", *LONG_ROWS), "needles": ("--updates", "400", "--data", "needles")}
+    return [Arm(f"{of}-{name}", (), (*how, *more), model, start=of, long="ttt_paper,ttt_strict") for name, more in on.items()]
 
 
 def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
@@ -122,7 +123,7 @@ ARMS = {row.name: row for row in (
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
-    longer("smollm2-deep"), longer("qwen-deep", QWEN),
+    *longer("smollm2-deep"), *longer("qwen-deep", QWEN),
     *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", lengths=far) for model, far in ((SMOLLM2, SHORT), (QWEN, FAR), (GEMMA, FAR))))}
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import needle_data
 import training_bank
 from adapter_checks import too_large
 from arms import LORA, Arm, base_digest, updates_before
@@ -36,6 +37,7 @@ from lean import fuse_norms, lean_mlps, without_fast_weights
 from manifests import UserError, cost_usd, naming, provenance, put_back, run_script, utc
 from memory import tensors_digest
 from model_utils import Loaded, find_row, load_model, override_ttt, parse_layers, pick_device
+from needle_data import NeedleDataset
 from objectives import AIDS, OBJECTIVES
 from parallel import Group, check_sharding, process_group, shard_base
 from scoring_texts import BUILTIN
@@ -173,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, what in SWITCHES.items():
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     data = parser.add_argument_group("the data")
-    data.add_argument("--data", default="bank", help=f"for lm: bank, {', '.join([*BUILTIN, *CORPORA])}, or a .txt or .jsonl file (default: %(default)s)")
+    data.add_argument("--data", default="bank", help=f"bank; for lm also {', '.join([*BUILTIN, *CORPORA])}, or a .txt or .jsonl file; else also needles (default: %(default)s)")
     data.add_argument("--length", type=int, help="tokens of an lm row, texts joined up to it; else of a conversation, filled up with prose "
                       f"(default: for lm {LM_LENGTH} at most, one text a row, but for --form study {LM_LENGTH}; else the conversation as it is)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
@@ -219,6 +221,10 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--w-down: {'--joint trains' if arguments.joint else 'the context objective has'} a LoRA on W_down; leave one of the two out")
     if arguments.length is None and arguments.objective == "lm" and arguments.form == "study":
         arguments.length = LM_LENGTH
+    if arguments.objective != "lm" and arguments.data != "bank":
+        if arguments.data != "needles":
+            raise UserError(f"--data {arguments.data}: the {arguments.objective} objective needs questions; use bank or needles")
+        arguments.length = arguments.length or needle_data.LENGTH
     arguments.lr = LR[arguments.objective] if arguments.lr is None else arguments.lr
     if not arguments.lr > 0:
         raise UserError(f"--lr {arguments.lr:g}: use a number above 0")
@@ -290,9 +296,8 @@ def make_dataset(arguments, config, loaded: Loaded, langs, first: int):
     if config and config.chunk and groups != (1,):
         raise UserError(f"--groups {arguments.groups}: finished chunks are applied at once, so rows cannot be written side by side; use --groups 1")
     aided = lambda weight: bool(config and config.codes and weight)
-    return (BankDataset(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, aided(arguments.calm), aided(arguments.foreign),
-                        arguments.length),
-            training_bank.bank_sha256())
+    kind, sha = (NeedleDataset, needle_data.needles_sha256()) if arguments.data == "needles" else (BankDataset, training_bank.bank_sha256())
+    return kind(loaded.tokenizer, langs, *common, arguments.probes, arguments.seed, shown, groups, aided(arguments.calm), aided(arguments.foreign), arguments.length), sha
 
 
 def main() -> None:
@@ -342,7 +347,7 @@ def train_arm(group: Group) -> None:
     dataset, data_sha = make_dataset(arguments, config, loaded, langs, first)
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": arm.frozen, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
-                "lora": LORA if arm.lora else None, "data": arguments.data if arguments.objective == "lm" else "bank", "langs": list(langs), "data_sha256": data_sha,
+                "lora": LORA if arm.lora else None, "data": arguments.data, "langs": list(langs), "data_sha256": data_sha,
                 "optimizer": {"lr": arguments.lr, "warmup": arguments.warmup, "clip": arguments.clip, "weight_decay": arguments.weight_decay,
                               "dropout": arguments.dropout, "conversations": arguments.conversations, "probes": arguments.probes,
                               "length": arguments.length, "groups": arguments.groups, "compile": arguments.compile,
