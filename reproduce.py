@@ -34,8 +34,8 @@ JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS, DOCS = ("--objective", "lm"), ("--length", "2048"), ("--data", "package-docs")
 CLIPS = ("0.001", "0.01")
-# All items of a task and length in one batch. In float32 four modes side by side
-# answered 23,000 tokens of prompts a second on an H200, too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
+# All items of a length and a longest answer in one batch. In float32 four modes side by side answered 23,000 tokens of prompts a second on an H200,
+# too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
 LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "1310720")
 SHORT, FAR = "1024,2048,4096,8192", "1024,2048,4096,8192,16384,32768"
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
