@@ -98,7 +98,7 @@ def study(base: str, rows: int, model=(), chunks=(), far: str = SHORT) -> list[A
 def longer(of: str, model=()) -> list[Arm]:
     """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles."""
     how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--lr", "0.0005", "--groups", "1", "--conversations", "16")
-    on = {"long": ("--updates", "200", *LONG_ROWS), "needles": ("--updates", "400", "--data", "needles")}
+    on = {"long": ("--updates", "200", *LONG_ROWS), "needles": ("--updates", "400", "--data", "needles", *LONG_ROWS)}
     return [Arm(f"{of}-{name}", (), (*how, *more), model, start=of, long="ttt_paper,ttt_strict") for name, more in on.items()]
 
 
