@@ -153,11 +153,15 @@ def asking(kind: str, asked: list[str], values: int) -> tuple[str, str]:
 def in_essay(hidden: list[str], essay: list[str], units: int, rng: random.Random) -> str:
     """The essay's first `units` words with each needle between two sentences, at one of 40 depths."""
     text = " ".join(itertools.islice(itertools.cycle(essay), units))
-    sentences = re.split(r"(?<=[.!?])\s+", text)
-    places = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(hidden)))
+    parts = sentences(text)
+    places = sorted(int(len(parts) * depth / 100) for depth in rng.sample(DEPTHS, len(hidden)))
     for place, needle in reversed(list(zip(places, hidden))):
-        sentences.insert(place, needle)
-    return " ".join(sentences)
+        parts.insert(place, needle)
+    return " ".join(parts)
+
+
+def sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)
 
 
 def read_essays(path) -> list[str]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-import re
 from pathlib import Path
 
 import prompts
 import training_bank
 from long_items import Candidate, Parts, fit
-from long_ruler import DRAWS, NEEDLE, NOISE, PAIR_QUESTION, PAIRS, asking, fresh, words
+from long_ruler import DRAWS, NEEDLE, NOISE, PAIR_QUESTION, PAIRS, asking, fresh, sentences, words
 from manifests import file_sha256
-from training_data import BankDataset, Example, Places
+from training_data import BankDataset, Example
 
 LANG = "en"            # of all these texts; the dataset's languages are those of the prose
 HAYSTACKS = ("noise", "needle", "prose", "pairs")
@@ -48,7 +47,7 @@ def needle_text(haystack: str, key_kind: str, value_kind: str, count: int, units
     between = " " if haystack == "prose" else "\n"
     if haystack == "prose":
         text = " ".join(rng.sample(training_bank.passages(LANG), min(len(training_bank.passages(LANG)), 1 + units // 4)))
-        pieces = re.split(r"(?<=[.!?])\s+", text)[:units]
+        pieces = sentences(text)[:units]
     else:
         pieces = [NOISE] * units if haystack == "noise" else []
     pieces = [(piece, None) for piece in pieces]
@@ -66,14 +65,14 @@ class NeedleDataset(BankDataset):
     """Item u: a Batch like BankDataset's, whose written texts are needle_text's of a quarter to all of `length` tokens. Prose that is read with a memory
     attached is the bank's; questions about texts that nobody wrote are about other such texts."""
 
-    def example(self, rng: random.Random, lang: str, shown: bool, prose, topics, probes: int | None = None, facts: int | None = None) -> Example:
-        sample = self.sized(rng, rng.randint(self.length // 4, self.length) if facts is None else self.length // 4)
-        chosen = rng.sample(sample["probes"], min(probes or self.probes, len(sample["probes"])))
-        pairs = [(prompts.encode(self.tokenizer, p["question"]), prompts.answer_ids(self.tokenizer, LANG, p["gold_answer"])) for p in chosen]
-        if shown:
-            return Example([], prompts.written_ids(self.tokenizer, sample["conversation"]), pairs)
-        places = Places(self.tokenizer, LANG, sample)
-        return Example(places.ids, prompts.start_ids(self.tokenizer), pairs, places.worth(), [places.addresses(probe) for probe in chosen])
+    def example(self, rng: random.Random, lang: str, *how) -> Example:
+        return super().example(rng, LANG, *how)
+
+    def draw(self, rng: random.Random, lang: str, prose, topics, facts: int | None) -> dict:
+        return self.sized(rng, rng.randint(self.length // 4, self.length) if facts is None else self.length // 4)
+
+    def prompt(self, lang: str, shown: bool):
+        return prompts.start_ids(self.tokenizer), lambda question: prompts.encode(self.tokenizer, question)
 
     def sized(self, rng: random.Random, tokens: int) -> dict:
         """A text of a drawn kind, as long as fits into so many tokens."""

@@ -31,7 +31,7 @@ ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length"
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
 ALL = "mean over tasks"
-STROKES = {"ttt_empty": ":", "ttt_paper": "-", "ttt_strict": "--"}
+STROKES = {"ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}}
 
 
 # ---- what ran ----
@@ -159,7 +159,7 @@ def draw_cost(arms: list[dict], path: Path) -> None:
                 mine = [cell for cell in cells if cell["task"] == (ALL if any(c["task"] == ALL for c in cells) else cells[0]["task"]) and cell[name] is not None]
                 if mine:
                     ax.plot([cell["length"] for cell in mine], [cell[name] for cell in mine], label=label, markersize=4, **look)
-            ax.set_title(text if ax.lines else f"{text}: not measured on a CPU")
+            ax.set_title(text if ax.lines else "peak GB: not measured on a CPU")
             if ax.lines:
                 ax.set_yscale("log")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -189,7 +189,7 @@ def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
         number += any(cell["mode"] != "in_context" for cell in arm["cells"])
         for cell in sorted(arm["cells"], key=lambda cell: MODES.index(cell["mode"])):
             base = cell["mode"] == "in_context"
-            look = {"color": "black", "marker": "."} if base else {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7], "linestyle": STROKES[cell["mode"]]}
+            look = {"color": "black", "marker": "."} if base else {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
             lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1].setdefault((cell["task"], cell["length"]), cell)
     return {label: (look, sorted(cells.values(), key=lambda cell: cell["length"])) for label, (look, cells) in lines.items()}
 

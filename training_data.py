@@ -133,15 +133,21 @@ class BankDataset(Dataset):
         return Batch(examples, group, calm, foreign)
 
     def example(self, rng: random.Random, lang: str, shown: bool, prose: int | None, topics, probes: int | None = None, facts: int | None = None) -> Example:
-        sample = self.filled(rng, lang, topics) if prose is None else training_bank.sample_conversation(rng, lang, "train", facts, prose, topics)
+        sample, (head, tail) = self.draw(rng, lang, prose, topics, facts), self.prompt(lang, shown)
         chosen = rng.sample(sample["probes"], min(probes or self.probes, len(sample["probes"])))
-        pairs = [(prompts.tail_ids(self.tokenizer, lang, p["question"]),
-                  prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]
-        prefix = prompts.head_ids(self.tokenizer, lang, with_text=shown)
+        pairs = [(tail(p["question"]), prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]
         if shown:
-            return Example([], prefix + prompts.encode(self.tokenizer, sample["conversation"]), pairs)
+            return Example([], head + prompts.encode(self.tokenizer, sample["conversation"]), pairs)
         places = Places(self.tokenizer, lang, sample)
-        return Example(places.ids, prefix, pairs, places.worth(), [places.addresses(probe) for probe in chosen])
+        return Example(places.ids, head, pairs, places.worth(), [places.addresses(probe) for probe in chosen])
+
+    def draw(self, rng: random.Random, lang: str, prose: int | None, topics, facts: int | None) -> dict:
+        """A text, its facts and what it may be asked (facts: how many, where the text is to be a short one)."""
+        return self.filled(rng, lang, topics) if prose is None else training_bank.sample_conversation(rng, lang, "train", facts, prose, topics)
+
+    def prompt(self, lang: str, shown: bool) -> tuple[list[int], Callable[[str], list[int]]]:
+        """(tokens that stand before a question, or before the text where it is shown; a question's tokens)."""
+        return prompts.head_ids(self.tokenizer, lang, with_text=shown), lambda question: prompts.tail_ids(self.tokenizer, lang, question)
 
     def filled(self, rng: random.Random, lang: str, topics) -> dict:
         """A conversation with as many whole passages as `length` tokens hold; without any where it is longer by itself. Drawn anew until it fits."""
