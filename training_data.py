@@ -178,6 +178,14 @@ def passage_tokens(tokenizer, lang: str) -> int:
     return sum(len(prompts.encode(tokenizer, text)) for text in passages) // len(passages)
 
 
+COMMA = ", "  # between the values of an answer that names several
+
+
+def named(probe: dict) -> list[tuple[object, str]]:
+    """(fact, value) of each value that a probe's answer names: its last fact's, or where it has `values`, one of each fact, joined by COMMA."""
+    return list(zip(probe["required_facts"], probe["values"])) if "values" in probe else [(probe["required_facts"][-1], probe["gold_answer"])]
+
+
 class Places:
     """Where a bank conversation's values stand among its tokens."""
 
@@ -186,7 +194,7 @@ class Places:
         self.start, self.text = prompts.start_ids(tokenizer), sample["conversation"]
         coded = tokenizer(sample["conversation"], add_special_tokens=False, return_offsets_mapping=True)
         self.ids, self.offsets = self.start + coded.input_ids, coded.offset_mapping
-        values = {p["required_facts"][0]: p["gold_answer"] for p in sample["probes"] if len(p["required_facts"]) == 1}
+        values = {fact: value for p in sample["probes"] if len(p["required_facts"]) == len(named(p)) for fact, value in named(p)}
         self.stretch = {}  # fact: [first, last] character of its value
         for fact in sample["facts"]:
             begin, end = fact["span"]
@@ -216,24 +224,29 @@ class Places:
         return marks
 
     def addresses(self, probe: dict) -> list[int]:
-        """For each token of the answer, the written token before the one that is the same; NOWHERE for the line break, IGNORE
-        where the value is not found in the fact's own words or its tokens are others there (a capital, another cut)."""
+        """For each token of the answer, the written token before the one that is the same; NOWHERE for what is in no value, IGNORE
+        where a value is not found in its fact's own words or its tokens are others there (a capital, another cut)."""
         text = prompts.FORMS[self.lang].answer.format(answer=probe["gold_answer"])
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = coded.offset_mapping
-        lead = len(text) - len(text.lstrip())
-        stretch = self.stretch.get(probe["required_facts"][-1])
-        if stretch is None:
-            return [IGNORE] * len(offsets)
-        places, first = [], self.first_token(stretch[0])
-        for number, (begin, end) in enumerate(offsets):
-            if begin >= lead + len(probe["gold_answer"]):
-                places.append(NOWHERE)  # what follows the value: the line break
+        begun, values = len(text) - len(text.lstrip()), []  # values: (first character in the answer, behind its last, first character in the text)
+        for fact, value in named(probe):
+            if fact not in self.stretch:
+                return [IGNORE] * len(offsets)
+            values.append((begun, begun + len(value), self.stretch[fact][0]))
+            begun += len(value) + len(COMMA)
+        places, number = [], -1
+        for token, (begin, _) in enumerate(offsets):
+            following = number + 1 < len(values) and begin >= values[number + 1][0] - 1  # with the space before it
+            number += following
+            first, end, at = values[number]
+            if begin >= end:
+                places.append(NOWHERE)  # what stands between values and after the last one: a comma, the line break
                 continue
-            at = first if number == 0 else self.token_at(stretch[0] + max(begin - lead, 0))
-            if places and at <= places[-1] + 1 and begin == offsets[number - 1][0]:
-                at = places[-1] + 2  # one character in several tokens
-            places.append(at - 1)
+            place = self.first_token(at) if following else self.token_at(at + max(begin - first, 0))
+            if not following and place <= places[-1] + 1 and begin == offsets[token - 1][0]:
+                place = places[-1] + 2  # one character in several tokens
+            places.append(place - 1)
         same = lambda place, token: place == NOWHERE or 0 <= place < len(self.ids) - 1 and self.ids[place + 1] == token
         return [place if same(place, token) else IGNORE for place, token in zip(places, coded.input_ids)]
 

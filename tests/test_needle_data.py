@@ -8,7 +8,7 @@ from test_train import call  # noqa: F401
 import needle_data
 import prompts
 from long_ruler import NEEDLES as TASKS
-from long_ruler import needles, recall_pairs
+from long_ruler import Needles, needles, recall_pairs
 from long_tasks import make
 from manifests import read_manifest
 from needle_data import HAYSTACKS, NeedleDataset, needle_text
@@ -29,23 +29,44 @@ def dataset(tokenizer):
 
 @pytest.mark.parametrize("haystack", HAYSTACKS)
 def test_every_question_is_answered_by_its_line_and_by_no_other(haystack):
-    sample = needle_text(haystack, "words", "numbers", 5, 12, random.Random(3))
+    sample = needle_text(Needles(haystack, keys=5), 12, random.Random(3))
     assert len(sample["facts"]) == len(sample["probes"]) == (12 if haystack in ("needle", "pairs") else 5)
-    for fact, probe in zip(sample["facts"], sample["probes"]):
-        line = sample["conversation"][slice(*fact["span"])]
+    for probe in sample["probes"]:
+        line = sample["conversation"][slice(*sample["facts"][probe["required_facts"][0]]["span"])]
         key = probe["question"].split("belongs to ")[1].split("?")[0] if haystack == "pairs" else probe["question"].split(" for ")[1].split(" mentioned")[0]
         assert probe["gold_answer"] in line and key in line and sample["conversation"].count(f"{key} is: " if haystack != "pairs" else f"{key}: ") == 1
 
 
+def test_all_values_of_a_key_are_asked_for_in_the_order_of_the_text():
+    sample = needle_text(Needles("noise", keys=2, values=3), 20, random.Random(4))
+    assert len(sample["facts"]) == 6 and len(sample["probes"]) == 2
+    for probe in sample["probes"]:
+        key = probe["question"].split(" for ")[1].split(" mentioned")[0]
+        lines = [line for line in sample["conversation"].split("\n") if f"for {key} is: " in line]
+        assert probe["gold_answer"] == ", ".join(line.split(" is: ")[1].rstrip(".") for line in lines) and len(lines) == 3
+        assert probe["question"].startswith("\nWhat are all the special magic numbers for ")
+    assert sample["conversation"].startswith("Some special magic numbers are hidden")
+
+
+def test_several_keys_are_asked_for_in_the_order_of_the_question():
+    sample = needle_text(Needles("prose", keys=4, asked=3), 20, random.Random(4))
+    single, several = sample["probes"][:4], sample["probes"][4:]
+    value = {probe["question"].split(" for ")[1].split(" mentioned")[0]: probe["gold_answer"] for probe in single}
+    assert len(value) == len(several) == 4
+    for probe in several:
+        keys = probe["question"].split(" for ")[1].split(" mentioned")[0].replace("and ", "").split(", ")
+        assert len(set(keys)) == 3 and probe["gold_answer"] == ", ".join(value[key] for key in keys)
+
+
 def test_the_words_are_those_of_the_tasks():
     task = needles(TASKS["niah_multikey_2"], None, 6, random.Random(5))
-    mine = needle_text("needle", "words", "numbers", 0, 7, random.Random(5))
+    mine = needle_text(Needles("needle"), 7, random.Random(5))
     assert task.document.split("\n")[0] == mine["conversation"].split("\n")[0]
     asked = task.question.split(" for ")[1].split(" mentioned")[0]
     key = mine["probes"][0]["question"].split(" for ")[1].split(" mentioned")[0]
     assert task.question.replace(asked, key) == mine["probes"][0]["question"]
     pairs = recall_pairs(0, 8, random.Random(1))
-    mine = needle_text("pairs", "words", "words", 0, 8, random.Random(1))
+    mine = needle_text(Needles("pairs"), 8, random.Random(1))
     assert pairs.document.split("\n")[0] == mine["conversation"].split("\n")[0] and pairs.question.split(" ")[:4] == mine["probes"][0]["question"].split(" ")[:4]
 
 
@@ -56,13 +77,18 @@ def test_an_update_is_the_same_each_time_and_none_is_longer_than_asked_for(datas
 
 
 def test_addresses_and_worth_lead_to_the_answer(dataset, tokenizer):
+    values = set()
     for update in range(6):
         for example in dataset[update].examples:
             assert example.prefix == prompts.start_ids(tokenizer) and 1 <= len(example.pairs) <= 4
             for (_, answer), addresses in zip(example.pairs, example.addresses):
                 assert addresses[-1] == NOWHERE and IGNORE not in addresses
-                assert [example.written[place + 1] for place in addresses[:-1]] == answer[:-1]
-                assert all(example.worth[place] for place in addresses[:-1])
+                found = [(place, token) for place, token in zip(addresses, answer) if place != NOWHERE]
+                assert all(example.written[place + 1] == token and example.worth[place] for place, token in found)
+                between = tokenizer.decode([token for place, token in zip(addresses, answer) if place == NOWHERE])
+                assert set(between) <= {",", "\n"}  # nothing else of an answer is without an address
+                values.add(between.count(",") + 1)
+    assert values == {1, 2, 3, 4}
 
 
 def test_what_is_not_to_be_touched_comes_along(dataset):
