@@ -63,6 +63,21 @@ def unfinished(run: dict, rows: dict[str, dict]) -> list[tuple[str, int]]:
     return list(dict.fromkeys((mode, length) for count, (mode, length), task in begun if there[mode, task, length] < count))
 
 
+def joined(runs: list[dict]) -> list[dict]:
+    """Runs of one arm, weights and clip (other lengths or modes, say) as one; "runs": what each was. ResultsError where two of them answer the same."""
+    groups: dict[tuple, dict] = {}
+    for run in runs:
+        one = {name: run[name] for name in ("name", "commit", "device", "command")}
+        whole = groups.setdefault((run["arm"], run["model"], *map(str, run["identity"].values())), run | {"rows": defaultdict(dict), "runs": [], "left_out": []})
+        for mode, rows in run["rows"].items():
+            if shared := whole["rows"][mode].keys() & rows:
+                raise ResultsError(f"{run['name']}: {mode} answers {min(shared)}, as another run of {run['arm']} does; take one of the two folders out")
+            whole["rows"][mode] |= rows
+        whole["runs"].append(one)
+        whole["left_out"] += [line for line in run["left_out"] if line not in whole["left_out"]]
+    return list(groups.values())
+
+
 def lend(runs: list[dict]) -> None:
     """in_context rows of another run of the same base, for the items that a run asked otherwise."""
     same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seeds"))
@@ -213,16 +228,17 @@ def tables(report: dict) -> str:
                 + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
-    lines += [f"- {arm['name']}: commit {arm['commit']}, {arm['device']}, `{arm['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "") for arm in report["arms"]]
+    lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "")
+              for arm in report["arms"] for run in arm["runs"]]
     return "\n".join(lines) + "\n"
 
 
 # ---- the script ----
 
 def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) -> dict:
-    runs = [load(folder, incomplete) for folder in folders]
+    runs = joined([load(folder, incomplete) for folder in folders])
     lend(runs)
-    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "commit", "command", "device", "left_out", "window")
+    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "runs", "left_out", "window")
     return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed},
             "arms": [{name: run.get(name) for name in keep} | {"lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
 

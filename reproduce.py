@@ -37,7 +37,7 @@ CLIPS = ("0.001", "0.01")
 # All items of a length and a longest answer in one batch. In float32 four modes side by side answered 23,000 tokens of prompts a second on an H200,
 # too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
 LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "1310720")
-SHORT, FAR = "1024,2048,4096,8192", "1024,2048,4096,8192,16384,32768"
+SHORT, FAR = "1024,2048,4096,8192", ("16384", "32768")  # each far length is a run of its own, for another GPU to take
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
 MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"
 BY_HAND = ("--benchmark", "natural_v1.json")
@@ -70,7 +70,7 @@ class Arm:
     start: str | None = None
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
     long: str | None = None       # modes in which run_long.py asks long texts
-    lengths: str = SHORT          # of these texts
+    far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
     clips: tuple[str, ...] = ()   # limits of a chunk under which SHORT texts are asked once more, in ttt_paper
     tuned: bool = False           # a LoRA that reads in context
 
@@ -83,15 +83,15 @@ class Arm:
         return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
 
 
-def study(base: str, rows: int, model=(), chunks=(), far: str = SHORT) -> list[Arm]:
+def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) -> list[Arm]:
     """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, on the bank's conversations joined and on
-    documentation, W_down trained along, our objective on the same mechanism, and documentation with these chunks, in rows of twice the length. far: lengths that
-    the arm of documentation is asked. What it writes is clipped, too, in other runs."""
+    documentation, W_down trained along, our objective on the same mechanism, and documentation with these chunks, in rows of twice the length. far: lengths beyond
+    SHORT that the arm of documentation is asked. What it writes is clipped, too, in other runs."""
     arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
     clips = {"study": CLIPS[:1], "study-docs": CLIPS}
-    return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", lengths=far if name == "study-docs" else SHORT,
+    return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far if name == "study-docs" else (),
                 clips=clips.get(name, ())) for name, how in sized.items()]
 
 
@@ -124,7 +124,7 @@ ARMS = {row.name: row for row in (
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
     *longer("smollm2-deep"), *longer("qwen-deep", QWEN),
-    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", lengths=far) for model, far in ((SMOLLM2, SHORT), (QWEN, FAR), (GEMMA, FAR))))}
+    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
 
 
 # ---- an arm as commands ----
@@ -169,8 +169,9 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
 def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, str, tuple[str, ...]]]:
     """(folder, modes, lengths, the option that clips) of each run of a row's long texts."""
     folder = out / "results" / "long" / row.name
+    runs = [(folder, row.long, SHORT, ()), *((folder.with_name(f"{row.name}-at-{length}"), row.long, length, ()) for length in row.far)]
     clipped = [(folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", SHORT, ("--clip", clip)) for clip in row.clips]
-    return [(folder, row.long, row.lengths, ()), *clipped] if row.long else []
+    return [*runs, *clipped] if row.long else []
 
 
 def answered(folder: Path, field: str, wanted: str) -> bool:

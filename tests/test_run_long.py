@@ -210,6 +210,18 @@ def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
     assert "gain" not in cell(report, "a", "ttt_strict", 2) and report["arms"][2]["lent_by"] is None
 
 
+def test_runs_of_one_arm_are_one_and_the_same_answer_twice_is_refused(tmp_path, capsys):
+    short = fake_run(tmp_path / "short", {"in_context": {("a", 1024): [1.0, 0.0]}, "ttt_strict": {("a", 1024): [1.0, 1.0]}})
+    far = fake_run(tmp_path / "far", {"ttt_strict": {("a", 2048): [1.0, 0.0]}})
+    assert report_long.main([str(short), str(far), "--out", str(tmp_path / "o")]) == 0
+    arm, = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"]
+    assert [run["name"] for run in arm["runs"]] == ["short", "far"]
+    assert {(c["length"], c["mode"], c["score"]) for c in arm["cells"]} == {(1024, "in_context", 0.5), (1024, "ttt_strict", 1.0), (2048, "ttt_strict", 0.5)}
+    again = fake_run(tmp_path / "again", {"ttt_strict": {("a", 1024): [0.0]}})
+    assert report_long.main([str(short), str(again), "--out", str(tmp_path / "p")]) == 2
+    assert "again: ttt_strict answers a-1024-0, as another run of arm does" in capsys.readouterr().err
+
+
 def test_results_md_gets_its_block_and_keeps_the_rest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake_run(tmp_path / "results/long/r", {"in_context": {("a", 1024): [1.0, 0.0]}})
