@@ -30,7 +30,7 @@ SMOLLM2, QWEN, GEMMA = ("--model", "smollm2-135m"), ("--model", "qwen2.5-coder-0
 TRAIN = ("--workers", "6", "--save-every", "150")
 JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 # The study trains 200 updates of 16,384 tokens (Gemma 8,192: a logit for each of 262,144 words): 45 s for smollm2-study and 94 s for qwen-study, three
-# side by side on an H200. The arms that go on at length: 200 updates of 32,768 tokens, about one a second, two side by side.
+# side by side on an H200. The arms that go on at length: 200 or 400 updates of at most 16,384 tokens.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS, DOCS = ("--objective", "lm"), ("--length", "2048"), ("--data", "package-docs")
 CLIPS = ("0.001", "0.01")
@@ -97,7 +97,7 @@ def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) 
 
 def longer(of: str, model=()) -> list[Arm]:
     """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles."""
-    how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--lr", "0.0005", "--groups", "1", "--conversations", "16")
+    how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--lr", "0.0005", "--groups", "1", "--conversations", "8")
     on = {"long": ("--updates", "200", *LONG_ROWS), "needles": ("--updates", "400", "--data", "needles", *LONG_ROWS)}
     return [Arm(f"{of}-{name}", (), (*how, *more), model, start=of, long="ttt_paper,ttt_strict") for name, more in on.items()]
 
