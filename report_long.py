@@ -81,11 +81,12 @@ def joined(runs: list[dict]) -> list[dict]:
 def lend(runs: list[dict]) -> None:
     """in_context rows of another run of the same base, for the items that a run asked otherwise."""
     same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seeds"))
+    own = [dict(run["rows"].get("in_context", {})) for run in runs]  # a row is lent by the run that it is of
     for run in runs:
         asked = {item for rows in run["rows"].values() for item in rows}
-        for other in runs:
+        for other, rows in zip(runs, own):
             if other is not run and same(run, other):
-                missing = {item: row for item, row in other["rows"].get("in_context", {}).items() if item in asked - run["rows"]["in_context"].keys()}
+                missing = {item: row for item, row in rows.items() if item in asked - run["rows"]["in_context"].keys()}
                 run["rows"]["in_context"] |= missing
                 if missing:
                     run["lent_by"] = other["name"]

@@ -20,7 +20,7 @@ def kept(*modules):
 
     def keep(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.nbytes() and storage.data_ptr() not in weights:  # some versions of torch keep an empty one, too
             storages[storage.data_ptr()] = storage.nbytes()
             held.append(storage)  # so that no address comes twice
         return t

@@ -208,6 +208,9 @@ def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
     report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
     assert cell(report, "a", "ttt_strict", 1)["gain"] == 0.5 and cell(report, "a", "ttt_strict", 1)["shared"] == 2 and report["arms"][1]["lent_by"] == "base"
     assert "gain" not in cell(report, "a", "ttt_strict", 2) and report["arms"][2]["lent_by"] is None
+    again = fake_run(tmp_path / "again", {"ttt_paper": {("a", 1024): [1.0]}}, arm="again")
+    assert report_long.main([str(mine), str(again), str(base), "--out", str(tmp_path / "p")]) == 0
+    assert [arm["lent_by"] for arm in json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8"))["arms"]] == ["base", "base", None]
 
 
 def test_runs_of_one_arm_are_one_and_the_same_answer_twice_is_refused(tmp_path, capsys):
