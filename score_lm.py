@@ -99,7 +99,7 @@ def passes(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan):
             yield name("off", "off"), Off(loaded, plan, model)
         learning = [mode for mode in arguments.modes if mode != "off"]
         for mode in learning if ttt else ():
-            yield name("inplace", mode), InPlace(loaded, ttt, plan, arguments.piece, mode == "forbidden")
+            yield name("inplace", mode), InPlace(loaded, ttt, plan, arguments.piece, mode == "forbidden", arguments.forget)
         for seed in arguments.seeds if arguments.train else ():
             with trained(loaded, arguments.train, seed) as parameters:
                 for epochs in arguments.epochs:
@@ -128,7 +128,8 @@ def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, docum
 def what_learns(arguments, loaded: Loaded, ttt: InPlaceTTT | None, manifest: dict | None) -> str:
     """The sentence of the report about it."""
     if ttt:
-        return (f"In place: pieces of {arguments.piece} tokens, {manifest['arm']} (seed {manifest['seed']}), rule {ttt.config.rule}, chunk {ttt.config.chunk or 'the piece'}{f', clipped to {arguments.clip:g} of |W_down|' if arguments.clip else ''}; nothing in it is drawn, so one "
+        return (f"In place: pieces of {arguments.piece} tokens, {manifest['arm']} (seed {manifest['seed']}), rule {ttt.config.rule}, chunk {ttt.config.chunk or 'the piece'}{f', clipped to {arguments.clip:g} of |W_down|' if arguments.clip else ''}"
+                f"{f', a new memory every {arguments.forget:,} tokens' if arguments.forget else ''}; nothing in it is drawn, so one "
                 "run says all, and other seeds would be other adapters.")
     if not arguments.train:
         return "Nothing learns."
@@ -235,6 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="a row of model_utils.py, a folder or a hub id (default: %(default)s)")
     add("--adapter", help="checkpoint folder with fast weights, which learn in place")
     add("--clip", type=float, help="the most that a chunk may change a layer's W_down in place, as a share of |W_down| (default: no limit)")
+    add("--forget", type=int, help="tokens after which a new memory begins in place, at a window's beginning (default: a document's whole length)")
     add("--train", metavar="WHAT", help="parameters that AdamW trains instead: norms, down:LAYERS, lora or all")
     add("--modes", help=f"default: {SCORING['modes']}; with --audit {AUDITING['modes']}")
     for name, says in {"window": "tokens that attention sees", "stride": "tokens scored in each window", "piece": "tokens written at once (in place)", "chunk": "tokens learned from at once (AdamW)"}.items():
@@ -262,7 +264,7 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     for name, value in (SCORING if arguments.audit is None else AUDITING).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    for name in ("window", "stride", "piece", "chunk", "bytes", "document_bytes", "audit_tokens", "audit_probes"):
+    for name in ("window", "stride", "piece", "chunk", "bytes", "document_bytes", "forget", "audit_tokens", "audit_probes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
@@ -270,8 +272,9 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     if not set(arguments.modes) <= set(scoring_report.MODES):
         raise UserError(f"--modes {','.join(arguments.modes)}: use off, legal, forbidden, with commas between them")
     arguments.epochs, arguments.seeds = numbers("epochs", arguments.epochs, 1), numbers("seeds", arguments.seeds, 0)
-    if arguments.clip is not None and not arguments.adapter:
-        raise UserError(f"--clip {arguments.clip:g}: only fast weights are clipped; give --adapter too, or leave it out")
+    for name, value in (("clip", arguments.clip), ("forget", arguments.forget)):
+        if value is not None and not arguments.adapter:
+            raise UserError(f"--{name} {value:g}: is of fast weights; give --adapter too, or leave it out")
     if arguments.adapter and arguments.train:
         raise UserError(f"--train {arguments.train}: with --adapter the fast weights learn; give one of the two")
     if arguments.compile and arguments.adapter:

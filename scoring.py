@@ -129,14 +129,15 @@ class InPlace:
     several chunks); of an arm whose chunk is the whole text each piece is a chunk, read with the memory so far, then written. forbidden: written first,
     then scored with the memory that holds it; a piece of an arm with chunks is then one chunk.
     What is written of a piece is what was read to predict it: the token before it to the one before its last.
+    forget: a window that begins so many tokens after the memory did begins a new one; a sum of outer products forgets nothing by itself. None: never.
     """
 
-    def __init__(self, loaded: Loaded, ttt: InPlaceTTT, plan: Plan, piece: int, forbidden: bool = False):
+    def __init__(self, loaded: Loaded, ttt: InPlaceTTT, plan: Plan, piece: int, forbidden: bool = False, forget: int | None = None):
         chunk = ttt.config.chunk
         self.piece = chunk if chunk and forbidden else piece
         if chunk and (self.piece % chunk or plan.stride % chunk):
             raise ValueError(f"pieces of {self.piece} and a stride of {plan.stride} tokens for an arm that writes chunks of {chunk}; use multiples of it")
-        self.loaded, self.ttt, self.plan, self.forbidden = loaded, ttt, plan, forbidden
+        self.loaded, self.ttt, self.plan, self.forbidden, self.forget = loaded, ttt, plan, forbidden, forget
         self.vocabulary, self.step = loaded.model.config.get_text_config().vocab_size, chunk or piece
         self.one_pass = bool(chunk) and not forbidden
         self.memory: Memory | None = None
@@ -147,9 +148,11 @@ class InPlace:
         return tensors_digest(parts) + (self.memory.digest() if self.memory else "")
 
     def events(self, ids: list[int]) -> Iterator[Score | Update]:
-        self.memory = None
+        self.memory, begun = None, 0
         try:
             for window in self.plan.windows(len(ids)):
+                if self.forget and window.start - begun >= self.forget:
+                    self.memory, begun = None, window.start
                 yield from self._window(window, ids)
         finally:
             self.memory = None

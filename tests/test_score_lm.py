@@ -139,6 +139,22 @@ def test_legal_in_place_scores_are_those_of_the_writing_pass(llama):
     torch.testing.assert_close(-found, expected, atol=2e-3, rtol=2e-3)
 
 
+def test_a_memory_that_is_to_be_forgotten_holds_no_more_than_asked_for(llama):
+    ttt, plan = adapter(llama, TTTConfig((1, 2), 4)), Plan(16, 8, 256)
+    scores, held = {}, {}
+    for forget in (None, 16, 64):
+        scorer = InPlace(llama, ttt, plan, 8, forget=forget)
+        scores[forget], held[forget] = [], []
+        for event in scorer.events(IDS):
+            if hasattr(event, "realised"):
+                scores[forget] += event.realised.tolist()
+            else:
+                held[forget].append(int(scorer.memory.tokens))
+    ttt.detach()
+    assert scores[64] == scores[None] and max(held[None]) >= 48 and max(held[16]) <= 24  # two strides, and what a window sees before its own
+    assert scores[16][:16] == scores[None][:16] and scores[16][16:24] != scores[None][16:24]
+
+
 def test_adapters_that_change_nothing_score_as_the_base(llama):
     """conv at 0 in place, and AdamW at a learning rate of 0: legal, forbidden and off are one number."""
     plan, tokens = Plan(16, 8, 256), Tokens("d", IDS, [1] * 50)
@@ -306,7 +322,7 @@ def test_a_text_can_be_taken_elsewhere(call, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     ((), "--out is missing"), (("--out", "x", "--adapter", "a", "--train", "all"), "give one of the two"), (("--out", "x", "--adapter", "a", "--compile"), "use it without --adapter"),
-    (("--out", "x", "--clip", "0.1"), "only fast weights are clipped"), (("--out", "x", "--modes", "of"), "use off, legal, forbidden"), (("--out", "x", "--epochs", "1,1"), "--epochs 1,1: write different whole numbers from 1 on"), (("--out", "x", "--window", "0"), "use 1 or more"),
+    (("--out", "x", "--clip", "0.1"), "--clip 0.1: is of fast weights"), (("--out", "x", "--forget", "8"), "--forget 8: is of fast weights"), (("--out", "x", "--adapter", "a", "--forget", "0"), "--forget 0: use 1 or more"), (("--out", "x", "--modes", "of"), "use off, legal, forbidden"), (("--out", "x", "--epochs", "1,1"), "--epochs 1,1: write different whole numbers from 1 on"), (("--out", "x", "--window", "0"), "use 1 or more"),
     (("--out", "x", "--stride", "99", "--window", "9"), "a stride of 99 in a window of 9"), (("--out", "x", "--train", "everything"), "unknown; use norms"), (("--out", "x", "--train", "down:9"), "has layers 0 to 3"),
     (("--out", "x", "--text", "none.txt"), "no such file"), (("--out", "x", "--window", "99999", "--stride", "9"), "the model's window is"), (("--report", "--results-md", "none.md"), "none.md")])
 def test_what_cannot_be_is_said_in_one_line(call, text, tmp_path, monkeypatch, arguments, says):
