@@ -332,6 +332,15 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     return ttt.requires_grad_(False), manifest
 
 
+def tuned_manifest(folder, loaded: Loaded) -> dict:
+    """The manifest of a LoRA that was trained to read in context; UserError when it is of another base or no LoRA."""
+    manifest = read_manifest(folder)
+    check_base(manifest, folder, loaded)
+    if not manifest.get("lora"):
+        raise UserError(f"{folder}: holds no LoRA (objective {manifest.get('objective')}); pass it as --adapter")
+    return manifest
+
+
 def clip(ttt: InPlaceTTT, share: float) -> None:
     """ttt.clip for what a user asks; UserError where the arm has no chunks to clip."""
     try:

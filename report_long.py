@@ -25,13 +25,14 @@ from intervals import Bootstrap, interval
 from manifests import write_json
 from report_tables import around_block, with_interval
 from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
-from run_long import MODES
+from run_long import MODES, TUNED
 
 ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "score": (float, int), "seconds": (float, int),
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
 ALL = "mean over tasks"
-STROKES = {"ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}}
+ORDER = (MODES[0], TUNED, *MODES[1:])
+STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}}
 
 
 # ---- what ran ----
@@ -45,8 +46,8 @@ def load(folder: Path, incomplete: bool = False) -> dict:
     check_sums(folder, run)
     rows: dict[str, dict] = defaultdict(dict)
     for where, row in read_lines(folder / "predictions.jsonl", ROW_FIELDS, mend):
-        if row["condition"] not in MODES:
-            raise ResultsError(f"{where}: field 'condition' is {row['condition']!r}, must be one of {', '.join(MODES)}; {mend}")
+        if row["condition"] not in ORDER:
+            raise ResultsError(f"{where}: field 'condition' is {row['condition']!r}, must be one of {', '.join(ORDER)}; {mend}")
         if row["sample_id"] in rows[row["condition"]]:
             raise ResultsError(f"{where}: {row['condition']} answers {row['sample_id']} a second time; {mend}")
         rows[row["condition"]][row["sample_id"]] = row
@@ -109,7 +110,7 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
     """One cell a task (and over all tasks), length and mode, with its gain over in_context."""
     cells = []
     for length in sorted({row["length"] for rows in run["rows"].values() for row in rows.values()}):
-        for mode in (mode for mode in MODES if run["rows"].get(mode)):
+        for mode in (mode for mode in ORDER if run["rows"].get(mode)):
             mine = {item: row for item, row in run["rows"][mode].items() if row["length"] == length}
             base = {item: row for item, row in run["rows"]["in_context"].items() if item in mine}
             tasks = sorted({row["task"] for row in mine.values()})
@@ -203,7 +204,7 @@ def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
     number = -1
     for arm in arms:
         number += any(cell["mode"] != "in_context" for cell in arm["cells"])
-        for cell in sorted(arm["cells"], key=lambda cell: MODES.index(cell["mode"])):
+        for cell in sorted(arm["cells"], key=lambda cell: ORDER.index(cell["mode"])):
             base = cell["mode"] == "in_context"
             look = {"color": "black", "marker": "."} if base else {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
             lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1].setdefault((cell["task"], cell["length"]), cell)
@@ -218,7 +219,8 @@ def tables(report: dict) -> str:
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
         gains = [mode for mode in modes if mode != "in_context"]
-        lines += ["", f"**{named(arm)} on {arm['model']}** (objective {arm['objective']}, chunk {arm['chunk'] or 'the whole text'}"
+        chunk = f", chunk {arm['chunk'] or 'the whole text'}" if arm["objective"] in ("recall", "lm") else ""
+        lines += ["", f"**{named(arm)} on {arm['model']}** (objective {arm['objective']}{chunk}"
                   f"{', base not frozen' if arm['frozen'] is False else ''})", "",
                   "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains)]) + " |",
                   "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains))]

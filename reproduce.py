@@ -95,11 +95,14 @@ def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) 
                 clips=clips.get(name, ())) for name, how in sized.items()]
 
 
-def longer(of: str, model=()) -> list[Arm]:
-    """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles."""
-    how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--lr", "0.0005", "--groups", "1", "--conversations", "8")
-    on = {"long": ("--updates", "200", *LONG_ROWS), "needles": ("--updates", "400", "--data", "needles", *LONG_ROWS)}
-    return [Arm(f"{of}-{name}", (), (*how, *more), model, start=of, long="ttt_paper,ttt_strict") for name, more in on.items()]
+def longer(of: str, tuned: str, model=()) -> list[Arm]:
+    """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles; and the LoRA that reads in context, on
+    the same needles."""
+    how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--conversations", "8", *LONG_ROWS)
+    recall, needles = ("--lr", "0.0005", "--groups", "1"), ("--updates", "400", "--data", "needles")
+    return [Arm(f"{of}-long", (), (*how, *recall, "--updates", "200"), model, start=of, long="ttt_paper,ttt_strict"),
+            Arm(f"{of}-needles", (), (*how, *recall, *needles), model, start=of, long="ttt_paper,ttt_strict"),
+            Arm(f"{tuned}-needles", (), (*how, "--objective", "context", "--lr", "0.000125", *needles), model, start=tuned, long="in_context_tuned", tuned=True)]
 
 
 def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
@@ -123,7 +126,7 @@ ARMS = {row.name: row for row in (
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
-    *longer("smollm2-deep"), *longer("qwen-deep", QWEN),
+    *longer("smollm2-deep", "smollm2-tuned"), *longer("qwen-deep", "qwen-tuned", QWEN),
     *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
 
 

@@ -18,8 +18,8 @@ from conditions import CONDITIONS, Condition, Texts, answer, check_lengths, plan
 from decoding import kv_bytes_per_token
 from halving import in_halves
 from hardware import be_deterministic, hardware
-from manifests import UserError, file_sha256, provenance, read_manifest, run_script, utc
-from model_utils import Loaded, check_base, find_row, load_adapter, load_lora, load_model, pick_device
+from manifests import UserError, file_sha256, provenance, run_script, utc
+from model_utils import Loaded, find_row, load_adapter, load_lora, load_model, pick_device, tuned_manifest
 from parallel import Group, process_group
 from results_files import MEMORYLESS, Rows, ask_into, only_run, open_folder
 
@@ -120,11 +120,7 @@ def run(arguments, loaded, conditions, samples, bench, levels, langs, reason, st
         if alone:
             raise UserError(f"--conditions {alone[0]}: asks the base alone, and {arguments.adapter} has a LoRA on it (a joint arm); run "
                             "it without --adapter, and this arm with --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign")
-    tuned = read_manifest(arguments.tuned_adapter) if arguments.tuned_adapter else None
-    if tuned:
-        check_base(tuned, arguments.tuned_adapter, loaded)
-        if not tuned.get("lora"):
-            raise UserError(f"{arguments.tuned_adapter}: holds no LoRA (objective {tuned.get('objective')}); pass it as --adapter")
+    tuned = tuned_manifest(arguments.tuned_adapter, loaded) if arguments.tuned_adapter else None
     texts = Texts(bench, loaded.tokenizer)
     check_lengths(loaded.model, conditions, samples, texts)
     arm = manifest.get("arm", f"{loaded.row.name}-base")

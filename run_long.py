@@ -2,7 +2,8 @@
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
-The modes: in_context, ttt_empty, ttt_paper and ttt_strict (long_modes.py). Document and question are the same tokens in every mode (long_items.py). Items are
+The modes: in_context, ttt_empty, ttt_paper and ttt_strict (long_modes.py); with --tuned-adapter in_context_tuned, in_context by the base with a LoRA that learned
+to read such texts, which is what an untrained reader is to be held against. Document and question are the same tokens in every mode (long_items.py). Items are
 made here, the same for the same tokenizer and seed (a profile's in a minute or two), so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
 they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
 said so. Next: report_long.py.
@@ -26,10 +27,13 @@ from in_place_ttt import InPlaceTTT
 from long_items import Item
 from long_modes import MODES, USUAL, asked, check_mode
 from manifests import UserError, provenance, run_script, utc
-from model_utils import Loaded, clip, find_row, load_adapter, load_model, pick_device
+from model_utils import Loaded, clip, find_row, load_adapter, load_lora, load_model, pick_device, tuned_manifest
 from parallel import Group
 from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
+
+
+TUNED = "in_context_tuned"
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
     begun = time.perf_counter()
     documents = [written_ids(tokenizer, item.document) for item in job.items]
     questions = [encode(tokenizer, item.question) for item in job.items]
-    with asked(model, tokenizer, ttt, job.mode, documents, questions) as (logits, past, session):
+    with asked(model, tokenizer, ttt, "in_context" if job.mode == TUNED else job.mode, documents, questions) as (logits, past, session):
         said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
     if cuda:
         torch.cuda.synchronize()
@@ -119,8 +123,9 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_argument_group("what is asked of whom")
     what.add_argument("--model", default="smollm2-135m", help="a row of `python model_utils.py`, a folder, or a hub id")
     what.add_argument("--adapter", help="checkpoint folder of an arm, for the modes that write")
+    what.add_argument("--tuned-adapter", help=f"checkpoint folder of a LoRA that was trained with --objective context, for {TUNED}")
     what.add_argument("--clip", type=float, help="the most that a chunk may change a layer's W_down while it is written, as a share of |W_down| (default: no limit)")
-    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(USUAL)}, without --adapter in_context)")
+    what.add_argument("--modes", help=f"comma-separated, of {','.join(MODES)} (default: {','.join(USUAL)}, without --adapter in_context, with --tuned-adapter {TUNED} and no other)")
     what.add_argument("--profile", default="dev", choices=long_tasks.PROFILES, help="lengths and items of each (default: %(default)s)")
     what.add_argument("--tasks", help="comma-separated, see `python long_tasks.py --list` (default: all that need no file)")
     what.add_argument("--lengths", help="tokens of prompt and answer, comma-separated (default: the profile's)")
@@ -136,11 +141,16 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    arguments.modes = (arguments.modes or ("in_context" if arguments.adapter is None else ",".join(USUAL))).split(",")
+    usual = TUNED if arguments.tuned_adapter else "in_context" if arguments.adapter is None else ",".join(USUAL)
+    arguments.modes = (arguments.modes or usual).split(",")
+    if arguments.adapter and arguments.tuned_adapter:
+        raise UserError("--tuned-adapter: its LoRA would stay on the base that --adapter writes with; ask the two in runs of their own")
     for mode in arguments.modes:
-        if mode not in MODES:
+        if mode not in (*MODES, TUNED):
             raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
-        if mode != "in_context" and arguments.adapter is None:
+        if (mode == TUNED) != bool(arguments.tuned_adapter):
+            raise UserError(f"--modes {mode}: {'needs --tuned-adapter' if mode == TUNED else f'with --tuned-adapter there is {TUNED} alone'}")
+        if mode not in ("in_context", TUNED) and arguments.adapter is None:
             raise UserError(f"--modes {mode}: needs --adapter")
     if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
         raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
@@ -159,23 +169,27 @@ def main() -> None:
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
     ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
+    if arguments.tuned_adapter:
+        manifest = tuned_manifest(arguments.tuned_adapter, loaded)
+        load_lora(arguments.tuned_adapter, loaded)
     if arguments.clip is not None:
         clip(ttt, arguments.clip)
-    for mode in arguments.modes:
+    for mode in (mode for mode in arguments.modes if mode != TUNED):
         check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)
     for line in left_out:
         print(f"left out: {line}")
     arm = manifest.get("arm", f"{row.name}-base")
     out = Path(arguments.out or f"results/long/{arm}")
-    mine = {"model_sha256": loaded.sha256, "adapter_sha256": next(iter(manifest["files"].values())) if manifest else None,
+    sha = next(iter(manifest["files"].values())) if manifest else None
+    mine = {"model_sha256": loaded.sha256, "adapter_sha256": sha if ttt else None, "tuned_adapter_sha256": None if ttt else sha,
             "clip": arguments.clip, "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
     with only_run(out, Group()):
         done, earlier = open_folder(out, arguments.resume, mine)
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
         report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"),
                   "frozen": manifest.get("frozen", True), "seed": manifest.get("seed"), "adapter": arguments.adapter,
-                  "chunk": manifest["ttt"]["chunk"] if manifest else None, "clip": arguments.clip, "modes": together("modes", arguments.modes),
+                  "tuned_adapter": arguments.tuned_adapter, "chunk": manifest["ttt"]["chunk"] if ttt else None, "clip": arguments.clip, "modes": together("modes", arguments.modes),
                   "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
                   "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
                   "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,

@@ -97,6 +97,12 @@ def test_what_is_not_to_be_touched_comes_along(dataset):
     assert not shown.written and LENGTH // 8 < len(shown.prefix) <= LENGTH // 4
 
 
+def test_a_reader_in_context_is_asked_the_same_questions(dataset, tokenizer):
+    shown = NeedleDataset(tokenizer, ("en",), 6, 8, 4, 0, True, (1,), False, False, LENGTH)
+    for mine, read in zip(dataset[1].examples, shown[1].examples):
+        assert read.pairs == mine.pairs and read.prefix == mine.written and not read.written
+
+
 def test_no_item_of_the_tasks_is_among_what_is_trained_on(dataset, tokenizer):
     written = {tokenizer.decode(example.written) for update in range(6) for example in dataset[update].examples}
     for name in ("niah_single_1", "niah_multikey_2", "mqar"):
@@ -108,5 +114,8 @@ def test_an_arm_is_trained_on_them_by_command(call, tmp_path):  # noqa: F811
     code, _, err = call([*how, "--data", "needles", "--length", 700, "--groups", "1"])
     manifest = read_manifest(tmp_path / "a")
     assert code == 0 and manifest["data"] == "needles" and manifest["data_sha256"] == needle_data.needles_sha256() and manifest["optimizer"]["length"] == 700, err
+    code, _, err = call([*how[:6], "c", *how[7:], "--objective", "context", "--data", "needles", "--length", 700])
+    manifest = read_manifest(tmp_path / "c")
+    assert code == 0 and manifest["data"] == "needles" and manifest["lora"] and not manifest["frozen"], err
     code, _, err = call([*how[:6], "b", *how[7:], "--data", "tinystories"])
     assert code == 2 and "--data tinystories: the recall objective needs questions; use bank or needles" in err

@@ -99,12 +99,13 @@ def test_every_row_starts_from_a_trained_row_of_its_own_base():
     for row in ARMS.values():
         if row.start:
             start = ARMS[row.start]
-            assert start.model == row.model and start.train and not start.tuned
+            assert start.model == row.model and start.train and start.tuned == row.tuned
 
 
 def test_the_committed_arms_are_found_where_the_rows_say():
     root = Path(reproduce.__file__).parent
-    for name in ("qwen-deep", "qwen-deep-seed1", "qwen-deep-seed2", "smollm2-deep", "smollm2-tuned", "qwen-tuned", "smollm2-lm"):
+    for name in ("qwen-deep", "qwen-deep-seed1", "qwen-deep-seed2", "smollm2-deep", "smollm2-tuned", "qwen-tuned", "smollm2-lm", "smollm2-study", "qwen-study", "smollm2-study-docs", "qwen-study-docs",
+                 "smollm2-deep-needles"):
         assert training(ARMS[name], root) == [], name
 
 
