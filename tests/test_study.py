@@ -415,7 +415,8 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
     rows = [row for row in reproduce.ARMS.values() if "-study" in row.name]
     assert {f"{base}-{arm}" for base in ("smollm2", "qwen", "gemma3") for arm in ("study", "study-docs", "study-docs-wdown", "study-recall")} <= {row.name for row in rows}
     for row in rows:
-        (training,), (asking, *clipped) = reproduce.training(row, tmp_path), reproduce.questions(row, tmp_path)
+        (training,), (asking, *others) = reproduce.training(row, tmp_path), reproduce.questions(row, tmp_path)
+        far, clipped = others[:len(row.far)], others[len(row.far):]
         monkeypatch.setattr("sys.argv", training)
         arguments = train_minimal.parse_arguments()
         config = train_minimal.ttt_config(arguments, arguments.row)
@@ -424,6 +425,10 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
         monkeypatch.setattr("sys.argv", asking)
         assert run_long.parse_arguments().modes == ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
         assert arguments.data == ("package-docs" if "-docs" in row.name else "bank") and len(clipped) == len(row.clips)
+        for length, again in zip(row.far, far):
+            monkeypatch.setattr("sys.argv", again)
+            asked = run_long.parse_arguments()
+            assert asked.lengths == length and asked.clip is None and asked.modes == ["ttt_paper", "ttt_strict"] and asked.out.endswith(f"{row.name}-at-{length}")
         for clip, again in zip(row.clips, clipped):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
@@ -442,6 +447,22 @@ def test_an_arm_goes_on_at_length_with_its_own_settings(name, tmp_path, monkeypa
         arguments = train_minimal.parse_arguments()
         configs.append(train_minimal.ttt_config(arguments, arguments.row))
     assert configs[0] == configs[1] and arguments.length == 2048 and arguments.start == str(tmp_path / short.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["smollm2-tuned", "qwen-tuned"])
+def test_a_reader_goes_on_on_the_needles_of_the_memory_that_it_is_held_against(name, tmp_path, monkeypatch):
+    row, memory = reproduce.ARMS[f"{name}-needles"], reproduce.ARMS[f"{name.replace('tuned', 'deep')}-needles"]
+    parsed = []
+    for one in (row, memory):
+        monkeypatch.setattr("sys.argv", reproduce.training(one, tmp_path)[0])
+        parsed.append(train_minimal.parse_arguments())
+    reader, writer = parsed
+    assert reader.objective == "context" and reader.start == str(tmp_path / f"checkpoints/{name}")
+    assert all(getattr(reader, field) == getattr(writer, field) for field in ("data", "length", "updates", "conversations", "probes", "seed", "model"))
+    (asking,) = reproduce.questions(row, tmp_path)
+    monkeypatch.setattr("sys.argv", asking)
+    asked = run_long.parse_arguments()
+    assert asked.modes == ["in_context_tuned"] and asked.tuned_adapter == str(tmp_path / row.checkpoint) and asked.lengths == reproduce.SHORT
 
 
 def test_long_texts_that_are_answered_are_not_asked_again(tmp_path):
