@@ -272,9 +272,9 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     if not set(arguments.modes) <= set(scoring_report.MODES):
         raise UserError(f"--modes {','.join(arguments.modes)}: use off, legal, forbidden, with commas between them")
     arguments.epochs, arguments.seeds = numbers("epochs", arguments.epochs, 1), numbers("seeds", arguments.seeds, 0)
-    for name, value in (("clip", arguments.clip), ("forget", arguments.forget)):
-        if value is not None and not arguments.adapter:
-            raise UserError(f"--{name} {value:g}: is of fast weights; give --adapter too, or leave it out")
+    for name, done in (("clip", "clipped"), ("forget", "begun anew")):
+        if (value := getattr(arguments, name)) is not None and not arguments.adapter:
+            raise UserError(f"--{name} {value:g}: only fast weights are {done}; give --adapter too, or leave it out")
     if arguments.adapter and arguments.train:
         raise UserError(f"--train {arguments.train}: with --adapter the fast weights learn; give one of the two")
     if arguments.compile and arguments.adapter:

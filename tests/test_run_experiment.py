@@ -102,15 +102,15 @@ def save_joint(folder, model):
     return save_fast_weights(folder, model, files=arms.LORA_FILES, frozen=False, lora=LORA)
 
 
-def save_lora(folder, model):
+def save_lora(folder, model, strength=0.3):
     loaded = load_model(model)
     lora = get_peft_model(loaded.model, LoraConfig(task_type="CAUSAL_LM", **LORA))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=generator) * strength
     lora.save_pretrained(folder / "lora")
-    write_manifest(folder, manifest(loaded, None, objective="context", lora=LORA), arms.LORA_FILES)
+    write_manifest(folder, manifest(loaded, None, objective="context", frozen=False, lora=LORA), arms.LORA_FILES)
     return str(folder)
 
 

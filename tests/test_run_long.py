@@ -4,12 +4,11 @@ import json
 import pytest
 import torch
 from conftest import strengthen
-from test_run_experiment import save_fast_weights, save_tiny
+from test_run_experiment import save_fast_weights, save_lora, save_tiny
 
 import evaluate
 import report_long
 import run_long
-from arms import Arm
 from decoding import greedy, prefill
 from long_tasks import make, write_items
 from model_utils import load_adapter, load_model
@@ -92,18 +91,13 @@ def test_paper_mode_writes_the_prompt_while_it_is_read_and_is_frozen_while_it_an
 def test_a_tuned_reader_is_a_mode_of_its_own(long_run, adapter, model, tmp_path):
     """in_context by a base with a LoRA; the untouched base's rows are what it is held against."""
     plain = said(long_run()[3], "in_context")
-    for name, change in (("zero", 0.0), ("strong", 3.0)):
-        loaded = load_model(model)
-        arm = Arm(loaded, None, False, 0, None)
-        for parameter in arm.trained().values():
-            parameter.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(change)
-        arm.save(tmp_path / name, {"arm": name, "model": model, "model_sha256": loaded.sha256, "objective": "context", "frozen": False, "seed": 0, "start": None, "ttt": None, "lora": {"r": 8}})
-        code, _, err, rows = long_run("--tuned-adapter", tmp_path / name, out=f"asked-{name}")
+    for name, strength in (("zero", 0.0), ("strong", 3.0)):
+        code, _, err, rows = long_run("--tuned-adapter", save_lora(tmp_path / name, model, strength), out=f"asked-{name}")
         assert code == 0, err
         run = json.loads((tmp_path / f"asked-{name}/run.json").read_text(encoding="utf-8"))
         assert run["tuned_adapter"] == str(tmp_path / name) and run["adapter"] is None and run["identity"]["tuned_adapter_sha256"] and not run["frozen"]
         assert {row["condition"] for row in rows} == {"in_context_tuned"}
-        assert (said(rows, "in_context_tuned") == plain) == (change == 0)
+        assert (said(rows, "in_context_tuned") == plain) == (strength == 0)
     assert "--tuned-adapter" in long_run("--modes", "in_context_tuned", out="none")[2]
     assert "in_context_tuned alone" in long_run("--tuned-adapter", tmp_path / "zero", "--modes", "in_context", out="none")[2]
     assert "runs of their own" in long_run("--tuned-adapter", tmp_path / "zero", "--adapter", adapter, out="none")[2]

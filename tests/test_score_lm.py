@@ -322,7 +322,7 @@ def test_a_text_can_be_taken_elsewhere(call, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     ((), "--out is missing"), (("--out", "x", "--adapter", "a", "--train", "all"), "give one of the two"), (("--out", "x", "--adapter", "a", "--compile"), "use it without --adapter"),
-    (("--out", "x", "--clip", "0.1"), "--clip 0.1: is of fast weights"), (("--out", "x", "--forget", "8"), "--forget 8: is of fast weights"), (("--out", "x", "--adapter", "a", "--forget", "0"), "--forget 0: use 1 or more"), (("--out", "x", "--modes", "of"), "use off, legal, forbidden"), (("--out", "x", "--epochs", "1,1"), "--epochs 1,1: write different whole numbers from 1 on"), (("--out", "x", "--window", "0"), "use 1 or more"),
+    (("--out", "x", "--clip", "0.1"), "only fast weights are clipped"), (("--out", "x", "--forget", "8"), "--forget 8: only fast weights are begun anew"), (("--out", "x", "--adapter", "a", "--forget", "0"), "--forget 0: use 1 or more"), (("--out", "x", "--modes", "of"), "use off, legal, forbidden"), (("--out", "x", "--epochs", "1,1"), "--epochs 1,1: write different whole numbers from 1 on"), (("--out", "x", "--window", "0"), "use 1 or more"),
     (("--out", "x", "--stride", "99", "--window", "9"), "a stride of 99 in a window of 9"), (("--out", "x", "--train", "everything"), "unknown; use norms"), (("--out", "x", "--train", "down:9"), "has layers 0 to 3"),
     (("--out", "x", "--text", "none.txt"), "no such file"), (("--out", "x", "--window", "99999", "--stride", "9"), "the model's window is"), (("--report", "--results-md", "none.md"), "none.md")])
 def test_what_cannot_be_is_said_in_one_line(call, text, tmp_path, monkeypatch, arguments, says):
