@@ -195,7 +195,7 @@ def dress(ax, arms: list[dict]) -> None:
 
 
 def named(arm: dict) -> str:
-    return arm["arm"] + (f" clipped to {arm['clip']:g}" if arm["clip"] else "")
+    return arm["arm"] + (f" (seed {arm['seed']})" if arm["seed"] else "") + (f" clipped to {arm['clip']:g}" if arm["clip"] else "")
 
 
 def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:

@@ -34,9 +34,11 @@ JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS, DOCS = ("--objective", "lm"), ("--length", "2048"), ("--data", "package-docs")
 CLIPS = ("0.001", "0.01")
-# All items of a length and a longest answer in one batch. In float32 four modes side by side answered 23,000 tokens of prompts a second on an H200,
-# too few for all rows; in bfloat16 answers may change with the batch, which run.json keeps.
-LONG = ("--count", "20", "--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "1310720")
+# 80 items of 8,192 tokens in one batch. In float32 four modes side by side answered 23,000 tokens of prompts a second on an H200, too few for all rows;
+# in bfloat16 answers may change with the batch, which run.json keeps.
+# The untouched bases and the arms of the headline are asked the profile full's items of every task and length, the others the first 20 of these.
+FULL, FEW = "100", "20"
+LONG = ("--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "655360")
 SHORT, FAR = "1024,2048,4096,8192", ("16384", "32768")  # each far length is a run of its own, for another GPU to take
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
 MORE = "N_noise,B_merged_2,B_merged_8,P_paper,D_512,D_1024,D_2048,B_rank_1,B_rank_4,B_rank_16,B_rank_64"
@@ -72,6 +74,7 @@ class Arm:
     long: str | None = None       # modes in which run_long.py asks long texts
     far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
     clips: tuple[str, ...] = ()   # limits of a chunk under which SHORT texts are asked once more, in ttt_paper
+    count: str = FEW              # items of each task and SHORT length; of a far one FEW
     tuned: bool = False           # a LoRA that reads in context
 
     @property
@@ -95,14 +98,15 @@ def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) 
                 clips=clips.get(name, ())) for name, how in sized.items()]
 
 
-def longer(of: str, tuned: str, model=()) -> list[Arm]:
+def longer(of: str, tuned: str, model=(), far: tuple[str, ...] = (), again: tuple[tuple[int, str], ...] = ()) -> list[Arm]:
     """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles; and the LoRA that reads in context, on
-    the same needles."""
+    the same needles. far: lengths beyond SHORT that those of the needles are asked; again: further seeds of the needles, each with the row it starts from."""
     how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--conversations", "8", *LONG_ROWS)
     recall, needles = ("--lr", "0.0005", "--groups", "1"), ("--updates", "400", "--data", "needles")
     return [Arm(f"{of}-long", (), (*how, *recall, "--updates", "200"), model, start=of, long="ttt_paper,ttt_strict"),
-            Arm(f"{of}-needles", (), (*how, *recall, *needles), model, start=of, long="ttt_paper,ttt_strict"),
-            Arm(f"{tuned}-needles", (), (*how, "--objective", "context", "--lr", "0.000125", *needles), model, start=tuned, long="in_context_tuned", tuned=True)]
+            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict", far=far, count=FULL)
+              for seed, start in ((0, of), *again)),
+            Arm(f"{tuned}-needles", (), (*how, "--objective", "context", "--lr", "0.000125", *needles), model, start=tuned, long="in_context_tuned", far=far, count=FULL, tuned=True)]
 
 
 def seeds(arm: str, numbers, train, model=(), **first) -> list[Arm]:
@@ -126,8 +130,8 @@ ARMS = {row.name: row for row in (
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
-    *longer("smollm2-deep", "smollm2-tuned"), *longer("qwen-deep", "qwen-tuned", QWEN),
-    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
+    *longer("smollm2-deep", "smollm2-tuned", again=((2, "smollm2-deep-seed2"),)), *longer("qwen-deep", "qwen-tuned", QWEN, far=FAR),
+    *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far, count=FULL) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
 
 
 # ---- an arm as commands ----
@@ -163,18 +167,20 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
         path = out / "results" / "harm" / f"{row.name}-{lang}.json"
         if not path.exists():
             commands.append(["harm.py", *row.model, *adapter, "--lang", lang, "--out", str(path)])
-    for folder, modes, lengths, clip in long_runs(row, out):
+    for folder, modes, how in long_runs(row, out):
         if not answered(folder, "modes", modes):
-            commands.append(["run_long.py", *row.model, *adapter, *clip, "--modes", modes, "--lengths", lengths, *LONG, "--out", str(folder), "--resume"])
+            commands.append(["run_long.py", *row.model, *adapter, *how, "--modes", modes, *LONG, "--out", str(folder), "--resume"])
     return commands
 
 
-def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, str, tuple[str, ...]]]:
-    """(folder, modes, lengths, the option that clips) of each run of a row's long texts."""
-    folder = out / "results" / "long" / row.name
-    runs = [(folder, row.long, SHORT, ()), *((folder.with_name(f"{row.name}-at-{length}"), row.long, length, ()) for length in row.far)]
-    clipped = [(folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", SHORT, ("--clip", clip)) for clip in row.clips]
-    return [*runs, *clipped] if row.long else []
+def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
+    """(folder, modes, what else is said) of each run of a row's long texts."""
+    if not row.long:
+        return []
+    folder, few = out / "results" / "long" / row.name, ("--count", FEW)
+    return [(folder, row.long, ("--lengths", SHORT, "--count", row.count)),
+            *((folder.with_name(f"{row.name}-at-{length}"), row.long, ("--lengths", length, *few)) for length in row.far),
+            *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", ("--clip", clip, "--lengths", SHORT, *few)) for clip in row.clips)]
 
 
 def answered(folder: Path, field: str, wanted: str) -> bool:

@@ -459,7 +459,8 @@ def test_a_reader_goes_on_on_the_needles_of_the_memory_that_it_is_held_against(n
     reader, writer = parsed
     assert reader.objective == "context" and reader.start == str(tmp_path / f"checkpoints/{name}")
     assert all(getattr(reader, field) == getattr(writer, field) for field in ("data", "length", "updates", "conversations", "probes", "seed", "model"))
-    (asking,) = reproduce.questions(row, tmp_path)
+    asking, *further = reproduce.questions(row, tmp_path)
+    assert len(further) == len(row.far)
     monkeypatch.setattr("sys.argv", asking)
     asked = run_long.parse_arguments()
     assert asked.modes == ["in_context_tuned"] and asked.tuned_adapter == str(tmp_path / row.checkpoint) and asked.lengths == reproduce.SHORT
