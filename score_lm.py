@@ -7,9 +7,10 @@
     python score_lm.py --report                                      write the runs in results/score/ into RESULTS.md
 
 A text is scored with TTT off, the legal way (score a piece, then learn from it) and the forbidden way (learn from it, then score it), kept only to show what the
-rule is worth. What learns: with --adapter its fast weights (in place), with --train parameters of the base by AdamW. scoring.py says what attention
-sees. Nothing learned outlives a document, and the base's parameters are checked to be what they were. --text is a file (one document, more with --separator, or
-.jsonl with one a line) or a text that comes with the installed packages.
+rule is worth. What learns: with --adapter its fast weights (in place), with --train parameters of the base by AdamW. scoring.py says what attention sees. Nothing
+learned outlives a document, and the base's parameters are checked to be what they were. --text is a file (one document, more with --separator, or .jsonl with one
+a line) or a text that comes with the installed packages. A run that was cut off goes on with --resume; runs that differ in their passes alone (a seed on each GPU,
+say) are one in the report.
 """
 from __future__ import annotations
 
@@ -107,10 +108,14 @@ def passes(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan):
                         yield name("adamw", mode, epochs, seed), AdamW(loaded, plan, parameters, arguments.lr, epochs, arguments.chunk, seed, mode == "forbidden", model)
 
 
-def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, documents: list[Tokens], keep) -> tuple[list[dict], float]:
-    """(all rows, seconds of compiling). keep(rows) is called after each pass. RuntimeError where a pass leaves the base changed."""
-    rows, before, compiling = [], base_digest(loaded), 0.0
+def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, documents: list[Tokens], keep, earlier: dict) -> tuple[list[dict], float]:
+    """(all rows, seconds of compiling), from the passes of an earlier run on. keep(rows, compiling) is called after each pass. RuntimeError where a pass leaves
+    the base changed."""
+    rows, before, compiling = list(earlier["rows"]), base_digest(loaded), earlier["compile_seconds"]
+    done = scoring_report.passes_of(earlier)
     for what, scorer in passes(arguments, loaded, ttt, plan):
+        if tuple(what[name] for name in scoring_report.PASS) in done:
+            continue
         if what["compiled"]:  # compiled for the first document's shapes before the clock runs
             started = time.perf_counter()
             score_document(scorer, documents[0])
@@ -119,7 +124,7 @@ def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, docum
         rows += [what | score_document(scorer, tokens, len(documents) < scoring_report.FEWEST) for tokens in tqdm(documents, desc=title, unit="document")]
         if base_digest(loaded) != before:
             raise RuntimeError(f"{what}: the base's parameters are not what they were before")
-        keep(rows)
+        keep(rows, compiling)
     return rows, compiling
 
 
@@ -171,12 +176,26 @@ def score(arguments) -> None:
     run = {"model": loaded.row.name, "model_sha256": loaded.sha256, "arm": manifest and manifest["arm"], "adapter_files": manifest and manifest["files"], "text": text,
            "plan": {"window": arguments.window, "stride": arguments.stride, "start": plan.begin}, "learns": what_learns(arguments, loaded, ttt, manifest), "device": reason, **provenance(),
            "base": {"before": before}, "artefact": scoring_report.artefact(arguments.adapter and Path(arguments.adapter), base_bytes, arguments.budget)}
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "score.json"
-    keep = lambda rows, **more: write_json(path, run | {"base": {"before": before, "after": base_digest(loaded)}, "compile_seconds": 0.0, "complete": False} | more | {"rows": rows})
-    rows, compiling = measure(arguments, loaded, ttt, plan, documents, keep)
-    keep(rows, complete=True, compile_seconds=round(compiling, 1))
+    earlier = begun(path, arguments.resume, run)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    keep = lambda rows, compiling, complete=False: write_json(path, run | {"base": {"before": before, "after": base_digest(loaded)}, "compile_seconds": round(compiling, 1),
+                                                                          "complete": complete, "rows": rows})
+    rows, compiling = measure(arguments, loaded, ttt, plan, documents, keep, earlier)
+    keep(rows, compiling, complete=True)
     print("\n".join(scoring_report.run_lines(arguments.out.name, scoring_report.read_run(path))))
+
+
+def begun(path: Path, resume: bool, run: dict) -> dict:
+    """What OUT holds of this run already, "rows" and "compile_seconds"; UserError where that is not asked for or is of another run."""
+    if not path.is_file():
+        return {"rows": [], "compile_seconds": 0.0}
+    if not resume:
+        raise UserError(f"{path}: already holds results; add --resume to go on with them, or name another --out")
+    earlier = scoring_report.read_run(path)
+    if name := scoring_report.differing(earlier, json.loads(json.dumps(run))):
+        raise UserError(f"{path}: field '{name}' is of another run ({str(earlier[name])[:60]}, now {str(run[name])[:60]}); name another --out")
+    return earlier
 
 
 def audit(arguments) -> bool:
@@ -247,6 +266,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="score TTT off and AdamW a second time with torch.compile: time, and whether the scores are the same")
     add("--budget", type=int, help="bytes that code and adapter together may take, compressed, for example 16000000")
     add("--out", type=Path, help="folder of the result, for example results/score/NAME")
+    add("--resume", action="store_true", help="go on with the passes that OUT already holds")
     add("--audit", nargs="?", const="", metavar="MODULE:CLASS", help="hold a scorer to the rules; without a name the one that the other options describe")
     add("--audit-tokens", type=int, default=160, help="of the document it is done on (default: %(default)s)")
     add("--audit-probes", type=int, default=16, help="tokens that are changed (default: %(default)s)")

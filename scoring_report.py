@@ -22,6 +22,8 @@ from results_files import ResultsError
 BLOCK = "score"                 # the name in the marks of RESULTS.md
 FEWEST = 8                      # documents to pair; with fewer, stretches of them are paired
 WAY = ("rule", "mode", "epochs", "compiled")
+PASS = ("rule", "mode", "epochs", "seed", "compiled")  # of which each has one row a document
+SAME = ("model", "model_sha256", "arm", "adapter_files", "text", "plan", "learns", "device", "commit", "versions")  # of runs whose passes belong together
 MODES = {"off": "TTT off", "legal": "score, then learn", "forbidden": "**forbidden**: learn, then score"}
 
 
@@ -163,25 +165,49 @@ def run_lines(name: str, run: dict) -> list[str]:
     lines += [f"- Compiled, {way_text(cell | {'compiled': False})}: {cell['seconds_plain']:.1f} s not compiled, {cell['seconds_compiled']:.1f} s compiled (x{cell['seconds_plain'] / cell['seconds_compiled']:.2f}, "
               f"without the {run['compile_seconds']:.0f} s of compiling); a document's bits per token differ by at most {cell['difference']:.1e} (bits are kept to 0.001 a document)." for cell in run["compile"]]
     lines += [f"- {artefact_line(run['artefact'])}", f"- The base's parameters before and after: SHA-256 {run['base']['before'][:12]}, {run['base']['after'][:12]}.",
-              f"- Commit {run['commit']}, {run['device']}, " + ", ".join(f"{n} {v}" for n, v in sorted(run["versions"].items())) + f": `{run['command']}`"]
+              f"- Commit {run['commit']}, {run['device']}, " + ", ".join(f"{n} {v}" for n, v in sorted(run["versions"].items())) + ": " + "; ".join(f"`{command}`" for command in run["commands"])]
     return lines
 
 
 def read_run(path: Path) -> dict:
-    """A score.json with its summary; UserError where it cannot be read."""
+    """A score.json with its summary and "commands"; UserError where it cannot be read."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return run | {"summary": summary(run["rows"]), "compile": compile_cells(run["rows"])}
+        return summed_up(run | {"commands": [run["command"]]})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not what score_lm.py writes ({type(error).__name__}: {error}); restore the file or score again") from error
 
 
+def summed_up(run: dict) -> dict:
+    return run | {"summary": summary(run["rows"]), "compile": compile_cells(run["rows"])}
+
+
+def passes_of(run: dict) -> set[tuple]:
+    return {tuple(row[name] for name in PASS) for row in run["rows"]}
+
+
+def differing(one: dict, other: dict) -> str | None:
+    """The first field in which two runs are not the same; None where their passes belong together."""
+    return next((name for name in SAME if one[name] != other[name]), None)
+
+
+def joined(runs: dict[str, dict]) -> dict[str, dict]:
+    """Runs that differ in nothing but their passes (each seed on a GPU of its own, say) as one, under the first one's name; those that share a pass stay apart."""
+    whole: dict[str, dict] = {}
+    for name, run in runs.items():
+        home = next((one for one, held in whole.items() if not differing(held, run) and not passes_of(held) & passes_of(run)), name)
+        held = whole.get(home, {"commands": [], "rows": [], "complete": True, "compile_seconds": 0.0})
+        whole[home] = run | held | {"commands": held["commands"] + run["commands"], "rows": held["rows"] + run["rows"], "complete": held["complete"] and run["complete"],
+                                    "compile_seconds": held["compile_seconds"] + run["compile_seconds"]}
+    return {name: summed_up(run) for name, run in whole.items()}
+
+
 def read_runs(folder: Path) -> dict[str, dict]:
-    """{name: run} of all runs in a folder; UserError where there is none."""
+    """{name: run} of all runs in a folder, joined; UserError where there is none."""
     runs = {path.parent.name: read_run(path) for path in sorted(folder.glob("*/score.json"))}
     if not runs:
         raise UserError(f"{folder}: holds no run (NAME/score.json); make one with score_lm.py --out {folder}/NAME")
-    return runs
+    return joined(runs)
 
 
 def markdown(runs: dict[str, dict]) -> str:

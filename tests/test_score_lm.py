@@ -254,7 +254,7 @@ def test_the_artefact_is_what_lies_there(tmp_path):
 
 def test_a_report_says_where_pairs_are_too_few():
     run = {"text": {"name": "t", "sha256": "0" * 64, "documents": 2, "tokens": 80, "bytes": 200, "prefix": ""}, "plan": {"window": 8, "stride": 8}, "model": "m", "arm": None, "complete": True, "learns": "L.",
-           "artefact": scoring_report.artefact(None, 7, None), "base": {"before": "a", "after": "a"}, "commit": "c", "device": "cpu", "versions": {}, "command": "x", "compile": []}
+           "artefact": scoring_report.artefact(None, 7, None), "base": {"before": "a", "after": "a"}, "commit": "c", "device": "cpu", "versions": {}, "commands": ["x"], "compile": []}
     said = [" ".join(scoring_report.run_lines("n", run | {"summary": scoring_report.summary(rows)})) for rows in (OFF[:2] + rows_of([1, 2]), OFF + rows_of(range(10)))]
     assert "so few cannot give a p below 0.125" in said[0] and "so few" not in said[1] and "Paired over 10 documents" in said[1]
 
@@ -300,6 +300,52 @@ def test_the_command_scores_and_writes_its_block(call, checkpoint, text, tmp_pat
     text = (tmp_path / "R.md").read_text(encoding="utf-8")
     assert code == 0 and text.startswith("before\n<!-- score:begin -->\n**adamw**") and text.endswith("<!-- score:end -->\nafter\n") and "old" not in text and "**in-place**" in text
     assert "AdamW, 2 epochs, **forbidden**" in text and "± " in text
+
+
+ADAMW = ("--train", "norms", "--document-bytes", 60, "--bytes", 240, "--window", 32, "--stride", 16, "--chunk", 32, "--epochs", "1", "--lr", 0.01)
+
+
+def bits(runs):
+    """{(mode, seed, document): bits} of the runs joined to one."""
+    (run,) = scoring_report.read_runs(runs).values()
+    return {(row["mode"], row["seed"], row["document"]): row["bits"] for row in run["rows"]}, run
+
+
+def test_a_run_that_was_cut_off_goes_on_and_says_the_same(call, text, tmp_path, monkeypatch):
+    said = []
+    whole = score_lm.score_document
+    for folder, fails_at in (("whole", None), ("cut", 7)):
+        left = iter(range(99))
+
+        def until(*a):
+            if next(left) == fails_at:
+                raise UserError("cut off")
+            return whole(*a)
+
+        monkeypatch.setattr(score_lm, "score_document", until)
+        arguments = ("--text", text, *ADAMW, "--seeds", "0,1", "--out", tmp_path / folder / "run")
+        code, _, err = call(*arguments)
+        assert (code == 0) == (fails_at is None), err
+        if fails_at:
+            assert len({key[:2] for key in bits(tmp_path / folder)[0]}) == 1 and not bits(tmp_path / folder)[1]["complete"]
+        assert "already holds results; add --resume" in call(*arguments)[2]
+        assert "field 'learns' is of another run" in call(*arguments[:-2], "--lr", 0.02, *arguments[-2:], "--resume")[2]
+        assert call(*arguments, "--resume")[0] == 0
+        said.append(bits(tmp_path / folder))
+    assert said[0][0] == said[1][0] and len(said[0][0]) == 4 * 5 and said[1][1]["complete"]
+
+
+def test_seeds_that_ran_apart_are_one_table(call, text, tmp_path):
+    assert call("--text", text, *ADAMW, "--seeds", "0,1", "--out", tmp_path / "whole" / "run")[0] == 0
+    for seed in (0, 1):
+        modes = "legal,forbidden" if seed else "off,legal,forbidden"
+        assert call("--text", text, *ADAMW, "--seeds", str(seed), "--modes", modes, "--out", tmp_path / "parts" / f"run-{seed}")[0] == 0
+    (one, run), (parts, joined) = bits(tmp_path / "whole"), bits(tmp_path / "parts")
+    keep = ("mode", "bits_per_byte", "sd", "by_seed", "against_off", "against_legal")
+    assert one == parts and [[cell[name] for name in keep] for cell in run["summary"]] == [[cell[name] for name in keep] for cell in joined["summary"]]
+    assert len(joined["commands"]) == 2 and all(command in "\n".join(scoring_report.run_lines("n", joined)) for command in joined["commands"])
+    assert call("--text", text, *ADAMW, "--seeds", "1", "--out", tmp_path / "parts" / "again")[0] == 0  # the same seed once more is no further one
+    assert list(scoring_report.read_runs(tmp_path / "parts")) == ["again", "run-0"]
 
 
 def test_the_command_audits(call, checkpoint, text, tmp_path, monkeypatch):
