@@ -85,6 +85,11 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def is_retrieval(task: str) -> bool:
+    """Whether a task's answer stands in one place of the document, or a few (RULER's category of retrieval, and associative recall)."""
+    return task.startswith("niah_") or task == "mqar"
+
+
 def make(task: str, tokenizer, length: int, count: int, seed: int, source=None) -> list[Item]:
     """`count` items whose prompt and answer together take at most `length` tokens, and as close to it as their units allow.
 

@@ -3,8 +3,9 @@
     python report_long.py                       every results/long/*/run.json; rewrites the block "long-tasks" of RESULTS.md
     python report_long.py results/long/a --out /elsewhere
 
-A base's in_context rows serve every run of the same weights, dtype and items that lacks them. Intervals are 95% bootstrap over items; the mean over
-tasks weighs tasks alike and resamples the items of each; a gain is taken on the items that both modes answered.
+A base's in_context rows serve every run of the same weights, dtype and items that lacks them. Intervals are 95% bootstrap over items; a mean over
+tasks weighs tasks alike and resamples the items of each; a gain is taken on the items that both modes answered. What a memory keeps of a text that is dropped is
+its score over the better reader's of the same items: the base's in context, or that of a LoRA which learned to read such texts (in_context_tuned).
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator
 import plots
 from evaluate import write_text
 from intervals import Bootstrap, interval
+from long_tasks import is_retrieval
 from manifests import write_json
 from report_tables import around_block, with_interval
 from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
@@ -30,7 +32,7 @@ from run_long import MODES, TUNED
 ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "score": (float, int), "seconds": (float, int),
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
-ALL = "mean over tasks"
+ALL, RETRIEVAL = "mean over tasks", "mean over retrieval"
 ORDER = (MODES[0], TUNED, *MODES[1:])
 STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}}
 
@@ -80,11 +82,12 @@ def joined(runs: list[dict]) -> list[dict]:
 
 
 def lend(runs: list[dict]) -> None:
-    """in_context rows of another run of the same base, for the items that a run asked otherwise."""
+    """in_context rows of another run of the same base, for the items that a run asked otherwise; and in "reader" the rows of a LoRA that reads these in context."""
     same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seeds"))
     own = [dict(run["rows"].get("in_context", {})) for run in runs]  # a row is lent by the run that it is of
     for run in runs:
         asked = {item for rows in run["rows"].values() for item in rows}
+        run["reader"] = {item: row for other in runs if same(run, other) for item, row in other["rows"].get(TUNED, {}).items() if item in asked}
         for other, rows in zip(runs, own):
             if other is not run and same(run, other):
                 missing = {item: row for item, row in rows.items() if item in asked - run["rows"]["in_context"].keys()}
@@ -106,6 +109,18 @@ def mean_of_tasks(by_task: dict[str, list[float]], settings: Bootstrap) -> tuple
     return value, [float(low), float(high)]
 
 
+def share_kept(by_task: dict[str, list[tuple]], settings: Bootstrap) -> tuple[float, list[float] | None] | None:
+    """(score over the best reader's, of the tasks' means; its interval, items resampled within their task); None where no reader answers anything. by_task:
+    (score, each reader's score) of each item. The best reader is found anew in each resample, as evaluate.py's ceiling is."""
+    random, share = np.random.default_rng(settings.seed), lambda means: means[..., 0] / means[..., 1:].max(-1)
+    pairs = [np.array(scores) for scores in by_task.values()]
+    means = np.mean([task.mean(0) for task in pairs], 0)
+    drawn = np.mean([task[random.integers(0, len(task), (settings.resamples, len(task)))].mean(1) for task in pairs], 0)
+    if not means[1:].any():
+        return None
+    return float(share(means)), [float(end) for end in np.percentile(share(drawn), [2.5, 97.5])] if drawn[:, 1:].any(1).all() else None
+
+
 def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
     """One cell a task (and over all tasks), length and mode, with its gain over in_context."""
     cells = []
@@ -114,8 +129,10 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
             mine = {item: row for item, row in run["rows"][mode].items() if row["length"] == length}
             base = {item: row for item, row in run["rows"]["in_context"].items() if item in mine}
             tasks = sorted({row["task"] for row in mine.values()})
-            for task in [*tasks, *([ALL] if len(tasks) > 1 else [])]:
-                chosen = [item for item, row in mine.items() if task in (ALL, row["task"])]
+            retrieval = [task for task in tasks if is_retrieval(task)]
+            means = {RETRIEVAL: retrieval if 1 < len(retrieval) < len(tasks) else [], ALL: tasks if len(tasks) > 1 else []}
+            for task, of in ({task: [task] for task in tasks} | {name: of for name, of in means.items() if of}).items():
+                chosen = [item for item, row in mine.items() if row["task"] in of]
                 value, ends = mean_of_tasks(by_task(chosen, mine, lambda item: mine[item]["score"]), settings)
                 cell = {"task": task, "length": length, "mode": mode, "n": len(chosen), "score": value, "ci": ends,
                         "seconds": float(np.median([mine[item]["seconds"] for item in chosen])),
@@ -124,6 +141,10 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
                 if mode != "in_context" and shared:
                     gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: mine[item]["score"] - base[item]["score"]), settings)
                     cell |= {"gain": gain, "gain_ci": gain_ci, "shared": len(shared)}
+                readers = [rows for rows in (base, run["reader"]) if chosen and all(item in rows for item in chosen)]
+                if mode == "ttt_strict" and readers:
+                    kept = share_kept(by_task(chosen, mine, lambda item: (mine[item]["score"], *(rows[item]["score"] for rows in readers))), settings)
+                    cell |= {"kept": kept[0], "kept_ci": kept[1]} if kept else {}
                 cells.append(cell)
     return cells
 
@@ -140,7 +161,7 @@ def by_task(items: list[str], rows: dict, number) -> dict[str, list[float]]:
 def draw_accuracy(arms: list[dict], path: Path) -> None:
     """Score of one model's arms against length, a panel a task, a line an arm and mode; in_context once."""
     tasks = list(dict.fromkeys(cell["task"] for arm in arms for cell in arm["cells"]))
-    columns = min(4, len(tasks))
+    columns = min(5 if len(tasks) > 12 else 4, len(tasks))
     rows = -(-len(tasks) // columns)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.6))
@@ -160,6 +181,8 @@ def draw_accuracy(arms: list[dict], path: Path) -> None:
             ax.set_title(task)
             dress(ax, arms)
             ax.set_ylim(-0.05, 1.05)
+        for ax in axes[len(tasks) - columns:len(tasks)]:  # the lowest of each column, also above a spare one
+            ax.tick_params(labelbottom=True)
         handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
         figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
         figure.savefig(path, dpi=plots.DPI)
@@ -182,7 +205,7 @@ def draw_cost(arms: list[dict], path: Path) -> None:
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             dress(ax, arms)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=plots.DPI)
 
 
@@ -215,20 +238,21 @@ def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
 
 def tables(report: dict) -> str:
     """The block's content: a table a run (scores by mode and length, gains over in_context), then the runs."""
-    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items."]
+    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items. kept of the better reader: ttt_strict over the higher of in_context and in_context_tuned, same items."]
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
-        gains = [mode for mode in modes if mode != "in_context"]
+        gains, kept = [mode for mode in modes if mode != "in_context"], ["kept of the better reader"] * any("kept" in cell for cell in arm["cells"])
         chunk = f", chunk {arm['chunk'] or 'the whole text'}" if arm["objective"] in ("recall", "lm") else ""
         lines += ["", f"**{named(arm)} on {arm['model']}** (objective {arm['objective']}{chunk}"
                   f"{', base not frozen' if arm['frozen'] is False else ''})", "",
-                  "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains)]) + " |",
-                  "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains))]
-        for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"], c["length"]))):
+                  "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains), *kept]) + " |",
+                  "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains) + len(kept))]
+        for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"] == RETRIEVAL, c["task"], c["length"]))):
             found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
             lines.append(f"| {task} | {length:,} | {max(cell['n'] for cell in found.values())} | " + " | ".join(
                 [with_interval(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
-                + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]) + " |")
+                + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]
+                + [with_interval(found["ttt_strict"]["kept"], found["ttt_strict"]["kept_ci"]) if "kept" in found.get("ttt_strict", {}) else "–"] * len(kept)) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
     lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "")

@@ -229,6 +229,26 @@ def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
     assert [arm["lent_by"] for arm in json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8"))["arms"]] == ["base", "base", None]
 
 
+def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items(tmp_path):
+    cells = lambda *scores: {(task, 1024): score for task, score in zip(("niah_a", "mqar", "vt"), scores)}
+    base = fake_run(tmp_path / "base", {"in_context": cells([1.0, 0.0], [0.5] * 3, [1.0, 1.0])}, arm="base")
+    reader = fake_run(tmp_path / "reader", {"in_context_tuned": cells([1.0, 1.0], [0.8] * 3, [0.0, 0.5])}, arm="reader")
+    mine = fake_run(tmp_path / "mine", {"ttt_strict": cells([1.0, 0.5], [0.6] * 3, [0.0, 0.0])})
+    alone = fake_run(tmp_path / "alone", {"ttt_strict": cells([1.0, 0.5], [0.6] * 3, [0.0, 0.0])}, arm="alone", sha="another")
+    assert report_long.main([str(base), str(reader), str(mine), str(alone), "--out", str(tmp_path / "o")]) == 0
+    report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
+    kept = lambda task: cell(report, task, "ttt_strict", 2)["kept"]
+    assert [kept("niah_a"), kept("mqar"), kept("vt")] == pytest.approx([0.75 / 1, 0.6 / 0.8, 0])
+    assert kept(report_long.RETRIEVAL) == pytest.approx((0.75 + 0.6) / (1 + 0.8)) and kept(report_long.ALL) == pytest.approx((0.75 + 0.6) / (1 + 0.8 + 0.25))
+    low, high = cell(report, report_long.RETRIEVAL, "ttt_strict", 2)["kept_ci"]
+    assert 0.5 < low < kept(report_long.RETRIEVAL) < high < 1
+    assert "kept" not in cell(report, "mqar", "ttt_strict", 3) and "kept" not in cell(report, "mqar", "in_context_tuned", 1)
+    assert "kept of the better reader |" in report_long.tables(report) and [c["mode"] for c in report["arms"][2]["cells"] if c["task"] == "vt"] == ["in_context", "ttt_strict"]
+    deaf = fake_run(tmp_path / "deaf", {"in_context": cells([0.0] * 2, [0.0] * 3, [0.0] * 2), "ttt_strict": cells([1.0] * 2, [1.0] * 3, [0.0] * 2)})
+    assert report_long.main([str(deaf), "--out", str(tmp_path / "p")]) == 0  # a share of nothing is none
+    assert "kept" not in cell(json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8")), report_long.ALL, "ttt_strict")
+
+
 def test_runs_of_one_arm_are_one_and_the_same_answer_twice_is_refused(tmp_path, capsys):
     short = fake_run(tmp_path / "short", {"in_context": {("a", 1024): [1.0, 0.0]}, "ttt_strict": {("a", 1024): [1.0, 1.0]}})
     far = fake_run(tmp_path / "far", {"ttt_strict": {("a", 2048): [1.0, 0.0]}})
