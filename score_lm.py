@@ -180,7 +180,7 @@ def score(arguments) -> None:
     earlier = begun(path, arguments.resume, run)
     arguments.out.mkdir(parents=True, exist_ok=True)
     keep = lambda rows, compiling, complete=False: write_json(path, run | {"base": {"before": before, "after": base_digest(loaded)}, "compile_seconds": round(compiling, 1),
-                                                                          "complete": complete, "rows": rows})
+                                                                          "complete": complete, "rows_sha256": scoring_report.rows_digest(rows), "rows": rows})
     rows, compiling = measure(arguments, loaded, ttt, plan, documents, keep, earlier)
     keep(rows, compiling, complete=True)
     print("\n".join(scoring_report.run_lines(arguments.out.name, scoring_report.read_run(path))))

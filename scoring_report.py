@@ -4,6 +4,7 @@ A way is (rule, mode, epochs, compiled), its rows one a document and seed. Bits 
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import statistics
@@ -173,9 +174,15 @@ def read_run(path: Path) -> dict:
     """A score.json with its summary and "commands"; UserError where it cannot be read."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
+        if run.get("rows_sha256", found := rows_digest(run["rows"])) != found:  # runs before 2026-11-29 have none
+            raise UserError(f"{path}: field 'rows' is not what was written (SHA-256 {found[:12]}, written {str(run['rows_sha256'])[:12]}); restore the file or score again")
         return summed_up(run | {"commands": [run["command"]]})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not what score_lm.py writes ({type(error).__name__}: {error}); restore the file or score again") from error
+
+
+def rows_digest(rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def summed_up(run: dict) -> dict:

@@ -332,6 +332,11 @@ def test_a_run_that_was_cut_off_goes_on_and_says_the_same(call, text, tmp_path, 
         assert "field 'learns' is of another run" in call(*arguments[:-2], "--lr", 0.02, *arguments[-2:], "--resume")[2]
         assert call(*arguments, "--resume")[0] == 0
         said.append(bits(tmp_path / folder))
+        file = tmp_path / folder / "run" / "score.json"
+        forged = json.loads(file.read_text(encoding="utf-8"))
+        forged["rows"][0]["bits"] += 0.001
+        file.write_text(json.dumps(forged), encoding="utf-8")
+        assert "field 'rows' is not what was written" in call(*arguments, "--resume")[2]
     assert said[0][0] == said[1][0] and len(said[0][0]) == 4 * 5 and said[1][1]["complete"]
 
 
