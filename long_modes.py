@@ -6,6 +6,7 @@
                  chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
                  reads the question with that memory: it has nothing to read back before its text ends
     ttt_strict   the document written and dropped, then the question alone
+    ttt_sharp    the same memory read slot by slot (memory.Sharp): no sum, so no update of W_down, but what the sum costs. Of arms with rule ridge
 
 run_long.py asks its own tasks in them, lm_eval_model.py those of lm-evaluation-harness.
 """
@@ -19,9 +20,11 @@ import torch
 from decoding import Past, prefill, write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError
+from memory import SHARP
 from prompts import start_ids
 
-MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict")
+MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict", "ttt_sharp")
+DROPPED = ("ttt_strict", "ttt_sharp")              # in which the question stands alone
 USUAL = ("in_context", "ttt_paper", "ttt_strict")  # of any arm; ttt_empty is for arms of --w-down
 
 
@@ -39,6 +42,8 @@ def check_mode(mode: str, manifest: dict, option: str) -> None:
         raise UserError(f"{option}: {manifest['arm']} is a joint arm with a LoRA on its base, so in_context would not be the untouched base; ask the base without an adapter")
     if mode == "ttt_empty" and manifest.get("frozen", True):
         raise UserError(f"{option}: {manifest['arm']} has the base's own W_down, so an empty memory changes nothing; leave the mode out")
+    if mode == "ttt_sharp" and manifest.get("ttt", {}).get("rule") != "ridge":
+        raise UserError(f"{option}: {manifest.get('arm', 'a base')} has no slots that were solved for (rule ridge), which alone are read one by one; leave the mode out")
 
 
 def writes_as_it_reads(config: TTTConfig) -> bool:
@@ -48,7 +53,7 @@ def writes_as_it_reads(config: TTTConfig) -> bool:
 
 def splits(mode: str, ttt: InPlaceTTT | None) -> bool:
     """Whether the mode needs to know where the document ends and the question begins."""
-    return mode == "ttt_strict" or (mode == "ttt_paper" and not writes_as_it_reads(ttt.config))
+    return mode in DROPPED or (mode == "ttt_paper" and not writes_as_it_reads(ttt.config))
 
 
 @contextlib.contextmanager
@@ -63,9 +68,9 @@ def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[l
         empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
         with ttt.read(empty) as session:
             yield Asked(*prefill(model, whole, pad, session=session), session)
-    elif mode == "ttt_strict":
+    elif mode in DROPPED:
         memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
-        with ttt.read(memory) as session:
+        with ttt.read(memory if mode == "ttt_strict" else memory.sharp(SHARP)) as session:
             yield Asked(*prefill(model, [start + question for question in questions], pad, session=session), session)
     elif splits(mode, ttt):
         memory, past = write_rows(model, ttt, documents, pad)

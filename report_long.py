@@ -23,6 +23,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator
 import plots
 from evaluate import write_text
 from intervals import Bootstrap, interval
+from long_modes import DROPPED
 from long_tasks import is_retrieval
 from manifests import write_json
 from report_tables import around_block, with_interval
@@ -34,7 +35,8 @@ ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length"
 BLOCK = "long-tasks"
 ALL, RETRIEVAL = "mean over tasks", "mean over retrieval"
 ORDER = (MODES[0], TUNED, *MODES[1:])
-STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}}
+STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"},
+           "ttt_sharp": {"linestyle": ":", "markerfacecolor": "white"}}
 
 
 # ---- what ran ----
@@ -142,7 +144,7 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
                     gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: mine[item]["score"] - base[item]["score"]), settings)
                     cell |= {"gain": gain, "gain_ci": gain_ci, "shared": len(shared)}
                 readers = [rows for rows in (base, run["reader"]) if chosen and all(item in rows for item in chosen)]
-                if mode == "ttt_strict" and readers:
+                if mode in DROPPED and readers:
                     kept = share_kept(by_task(chosen, mine, lambda item: (mine[item]["score"], *(rows[item]["score"] for rows in readers))), settings)
                     cell |= {"kept": kept[0], "kept_ci": kept[1]} if kept else {}
                 cells.append(cell)
@@ -238,21 +240,21 @@ def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
 
 def tables(report: dict) -> str:
     """The block's content: a table a run (scores by mode and length, gains over in_context), then the runs."""
-    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items. kept of the better reader: ttt_strict over the higher of in_context and in_context_tuned, same items."]
+    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items. kept: over the higher of in_context and in_context_tuned, same items."]
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
-        gains, kept = [mode for mode in modes if mode != "in_context"], ["kept of the better reader"] * any("kept" in cell for cell in arm["cells"])
+        gains, kept = [mode for mode in modes if mode != "in_context"], [mode for mode in DROPPED if any("kept" in cell for cell in arm["cells"] if cell["mode"] == mode)]
         chunk = f", chunk {arm['chunk'] or 'the whole text'}" if arm["objective"] in ("recall", "lm") else ""
         lines += ["", f"**{named(arm)} on {arm['model']}** (objective {arm['objective']}{chunk}"
                   f"{', base not frozen' if arm['frozen'] is False else ''})", "",
-                  "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains), *kept]) + " |",
+                  "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains), *(f"kept by {mode}" for mode in kept)]) + " |",
                   "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains) + len(kept))]
         for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"] == RETRIEVAL, c["task"], c["length"]))):
             found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
             lines.append(f"| {task} | {length:,} | {max(cell['n'] for cell in found.values())} | " + " | ".join(
                 [with_interval(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
                 + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]
-                + [with_interval(found["ttt_strict"]["kept"], found["ttt_strict"]["kept_ci"]) if "kept" in found.get("ttt_strict", {}) else "–"] * len(kept)) + " |")
+                + [with_interval(found[m]["kept"], found[m]["kept_ci"]) if "kept" in found.get(m, {}) else "–" for m in kept]) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
     lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "")

@@ -243,7 +243,7 @@ def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items
     low, high = cell(report, report_long.RETRIEVAL, "ttt_strict", 2)["kept_ci"]
     assert 0.5 < low < kept(report_long.RETRIEVAL) < high < 1
     assert "kept" not in cell(report, "mqar", "ttt_strict", 3) and "kept" not in cell(report, "mqar", "in_context_tuned", 1)
-    assert "kept of the better reader |" in report_long.tables(report) and [c["mode"] for c in report["arms"][2]["cells"] if c["task"] == "vt"] == ["in_context", "ttt_strict"]
+    assert "kept by ttt_strict |" in report_long.tables(report) and [c["mode"] for c in report["arms"][2]["cells"] if c["task"] == "vt"] == ["in_context", "ttt_strict"]
     deaf = fake_run(tmp_path / "deaf", {"in_context": cells([0.0] * 2, [0.0] * 3, [0.0] * 2), "ttt_strict": cells([1.0] * 2, [1.0] * 3, [0.0] * 2)})
     assert report_long.main([str(deaf), "--out", str(tmp_path / "p")]) == 0  # a share of nothing is none
     assert "kept" not in cell(json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8")), report_long.ALL, "ttt_strict")
