@@ -29,10 +29,12 @@ FORMS = ({"update"}, {"keys", "values"}, {"keys", "values", "trust"})  # what a 
 
 
 class Sharp(NamedTuple):
-    """How slots are read one by one: softmax over beta q k_i, beside a slot that holds nothing and is met by `floor`."""
+    """How slots are read one by one: softmax over beta q k_i, beside a slot that holds nothing and is met by `floor`. opened: values are by now what the
+    slots were solved for."""
 
     beta: float
     floor: float
+    opened: bool = False
 
 
 SHARP = Sharp(20.0, 0.5)  # chosen on conversations of the bank's dev split, where it reads as well as the sum does
@@ -80,10 +82,11 @@ def times(key_BSK: torch.Tensor, factor_BS: torch.Tensor, sizes: tuple[int, int]
     return torch.cat([codes[0] * factor_BS.unsqueeze(-1), *codes[1:]], -1)
 
 
-def attended(met_BMS: torch.Tensor, sharp: Sharp) -> torch.Tensor:
-    """Softmax weights of slots by how well queries meet them, the slot that holds nothing left out, [B, M, S] in float32: a query that meets no
-    slot by more than the floor reads next to nothing."""
-    logits_BMS = sharp.beta * (met_BMS.float() - sharp.floor)
+def attended(met_BMS: torch.Tensor, held_BS: torch.Tensor, sharp: Sharp) -> torch.Tensor:
+    """Softmax weights of the slots that hold something by how well queries meet them, the slot that holds nothing left out, [B, M, S], in float32 at least: a
+    query that meets no slot by more than the floor reads next to nothing."""
+    logits_BMS = sharp.beta * (met_BMS.to(torch.promote_types(met_BMS.dtype, torch.float32)) - sharp.floor)
+    logits_BMS = logits_BMS.masked_fill(~held_BS[:, None], -torch.inf)
     return torch.softmax(torch.nn.functional.pad(logits_BMS, (0, 1)), -1)[..., :-1]
 
 
@@ -95,7 +98,7 @@ class LayerMemory:
     trust: of values that ridge solved for, w_i / lambda of each slot, 0 of an empty one. It is what a later text needs to solve
     for both at once, since a slot's target is dW k_i + v_i / trust_i. A sum, a cut, a scaled, a half or a dense form of a memory has lost it.
     sizes: (A, F / A) where queries are codes; keys then are codes too, or at full width after a cut to a rank.
-    sharp: read slot by slot and not as a sum; values are then what the slots were solved for once the memory is ready to be read (trust None).
+    sharp: read slot by slot and not as a sum.
     """
 
     keys: torch.Tensor | None = None      # [B, S, F] or [B, S, K], dtype of the model
@@ -162,17 +165,24 @@ class LayerMemory:
             out_BMD = expand(query_BMF, self.sizes).to(wide.update.dtype) @ wide.update.transpose(1, 2)
         else:  # a dense update that was compacted has keys of the update's dtype
             met_BMS = meets(query_BMF.to(wide.keys.dtype), wide.keys, self.sizes)
-            out_BMD = (met_BMS if self.sharp is None else attended(met_BMS, self.sharp)).to(wide.values.dtype) @ wide.values
+            out_BMD = (met_BMS if self.sharp is None else attended(met_BMS, self.trust[..., 0] > 0, self.sharp)).to(wide.values.dtype) @ wide.values
         return out_BMD.reshape(*query_NLF.shape[:2], -1)
 
     def ready(self, dtype: torch.dtype = torch.float32) -> "LayerMemory":
-        """The same memory as it is read over and over, cast once for all calls.
+        """The same memory as it is read over and over, made ready once for all calls: cast, and a sharp one with what its slots were solved for.
+
+        dtype: see cast.
+        """
+        if self.sharp is None or self.sharp.opened:
+            return self.cast(dtype)
+        return replace(self, values=replace(self, sharp=None).targets(), sharp=self.sharp._replace(opened=True)).cast(dtype)
+
+    def cast(self, dtype: torch.dtype = torch.float32) -> "LayerMemory":
+        """The same memory in the dtypes of products.
 
         dtype: of values and of a dense update, whose products cost the most; codes are few numbers and meet in float32 whatever it is, and so do keys
         that were kept in half precision. A float64 memory stays what it is.
         """
-        if self.sharp is not None and self.trust is not None:
-            return replace(self, values=torch.where(self.trust > 0, replace(self, sharp=None).targets(), 0), trust=None).ready(dtype)
         kept = self.update if self.is_dense else self.values
         wide = torch.promote_types(kept.dtype, torch.float32)
         products = wide if wide == torch.float64 else dtype
@@ -188,7 +198,7 @@ class LayerMemory:
     def to_dense(self) -> "LayerMemory":
         if self.is_dense:
             return self
-        wide = self.ready()
+        wide = self.cast()
         return LayerMemory.dense(wide.values.transpose(1, 2) @ wide.full_keys().to(wide.values.dtype), self.sizes)
 
     def smaller_form(self) -> "LayerMemory":
@@ -201,7 +211,7 @@ class LayerMemory:
 
     def plus(self, other: "LayerMemory") -> "LayerMemory":
         """The sum of two updates, row by row."""
-        one, two = self.ready(), other.ready()
+        one, two = self.cast(), other.cast()
         if one.is_dense or two.is_dense:
             return LayerMemory.dense(one.to_dense().update + two.to_dense().update, self.sizes)
         keys = (one.keys, two.keys) if one.keys.shape[2] == two.keys.shape[2] else (one.full_keys(), two.full_keys())
@@ -214,7 +224,7 @@ class LayerMemory:
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm of dW, [B], without building it when factored: |dW|^2 = sum_ij (v_i . v_j)(k_i . k_j)."""
-        wide = self.ready()
+        wide = self.cast()
         if self.is_dense:
             return wide.update.flatten(1).norm(dim=1)
         keys = wide.keys.to(wide.values.dtype)
@@ -223,7 +233,7 @@ class LayerMemory:
 
     def compact(self, rank: int) -> "LayerMemory":
         """The best rank-`rank` update in Frobenius norm (truncated SVD), factored with `rank` slots."""
-        wide = self.ready()
+        wide = self.cast()
         if self.is_dense or self.keys.shape[1] >= min(self.feed_forward, self.values.shape[2]):
             left, scale, right = torch.linalg.svd(wide.to_dense().update, full_matrices=False)
         else:  # few slots: dW = V^T K = Qv (Rv Rk^T) Qk^T, and the small middle has the same singular values

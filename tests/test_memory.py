@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memory import LayerMemory, Memory, MemoryFileError, unit
+from memory import LayerMemory, Memory, MemoryFileError, Sharp, unit
 
 D, F = 6, 10
 
@@ -365,6 +365,34 @@ def test_codes_and_trust_come_back_from_a_file_and_from_rows(tmp_path):
     dense.save(tmp_path / "d")
     assert Memory.load(tmp_path / "d").layers[4].sizes == SIZES
     assert all(changed.layers[1].trust is None for changed in (dense, memory.compact(2), memory.merge(memory), memory.scale(2.0)))
+
+
+def test_a_sharp_memory_is_softmax_attention_over_what_its_slots_were_solved_for():
+    memory, queries = coded(), torch.randn(6, 2, sum(SIZES), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    sharp = memory.sharp(Sharp(3.0, 0.5))
+    assert sharp.digest() == memory.digest() and torch.equal(sharp.row_nbytes(), memory.row_nbytes()) and torch.equal(sharp.update_norm(), memory.update_norm())
+    for i, layer in sharp.layers.items():
+        target, query = memory.layers[i].targets(), product(queries).reshape(3, 4, F)
+        weight = (3.0 * (query @ product(layer.keys).transpose(1, 2) - 0.5)).exp()
+        wanted = (weight / (1 + weight.sum(-1, keepdim=True)) @ target).reshape(6, 2, D)
+        for ready in (layer, layer.ready(), layer.ready().ready(), layer.padded(7).ready().aligned()):
+            torch.testing.assert_close(ready.read(queries), wanted, atol=1e-5, rtol=1e-5)
+    far = memory.sharp(Sharp(60.0, 1e3)).layers[1].read(queries)  # no query meets a slot by so much
+    assert not far.any()
+    one = memory.sharp(Sharp(1e4, -1e3)).layers[1]
+    best = (product(queries).reshape(3, 4, F) @ product(one.keys).transpose(1, 2)).argmax(-1)
+    torch.testing.assert_close(one.read(queries).reshape(3, 4, D), memory.layers[1].targets().gather(1, best[..., None].expand(-1, -1, D)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(sharp.select([2]).layers[1].read(queries[4:]), sharp.layers[1].read(queries)[4:])
+    for lost in (memory.scale(1.0), memory.dense(), memory.half(), memory.compact(2), memory.merge(memory), sharp.half(), make()):
+        with pytest.raises(ValueError, match="has lost what its slots were solved for"):
+            lost.sharp(Sharp(3.0, 0.5))
+
+
+def test_what_a_sharp_memory_reads_does_not_hang_on_empty_slots_beside():
+    memory, query = coded(), torch.randn(3, 4, sum(SIZES), dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    few = memory._map(lambda layer: layer.where(torch.tensor([[True, True, False, True]] * 3)))
+    for how in (Sharp(3.0, 0.5), Sharp(0.1, -2.0)):
+        torch.testing.assert_close(few.sharp(how).layers[4].padded(9).read(query), few.sharp(how).layers[4].read(query))
 
 
 def test_codes_stay_factored_longer_because_they_are_smaller():

@@ -4,14 +4,15 @@ import json
 import pytest
 import torch
 from conftest import strengthen
-from test_run_experiment import save_fast_weights, save_lora, save_tiny
+from test_run_experiment import manifest, save_fast_weights, save_lora, save_tiny
 
 import evaluate
 import report_long
 import run_long
 from decoding import greedy, prefill
+from in_place_ttt import InPlaceTTT, TTTConfig
 from long_tasks import make, write_items
-from model_utils import load_adapter, load_model
+from model_utils import load_adapter, load_model, save_adapter
 from prompts import encode
 
 LENGTH = 1024
@@ -102,6 +103,16 @@ def test_a_tuned_reader_is_a_mode_of_its_own(long_run, adapter, model, tmp_path)
     assert "in_context_tuned alone" in long_run("--tuned-adapter", tmp_path / "zero", "--modes", "in_context", out="none")[2]
     assert "runs of their own" in long_run("--tuned-adapter", tmp_path / "zero", "--adapter", adapter, out="none")[2]
     assert "holds no LoRA" in long_run("--tuned-adapter", adapter, out="none")[2]
+
+
+def test_a_dropped_text_can_be_read_slot_by_slot_where_slots_were_solved_for(long_run, adapter, model, tmp_path):
+    loaded, config = load_model(model), TTTConfig((1, 2), None, unit_keys=True, rule="ridge", unit_targets=True)
+    save_adapter(tmp_path / "solved", strengthen(InPlaceTTT(loaded.model, config)), manifest(loaded, config))
+    code, _, err, rows = long_run("--adapter", tmp_path / "solved", "--modes", "ttt_strict,ttt_sharp")
+    assert code == 0 and len(rows) == 2 * 2 and said(rows, "ttt_strict") != said(rows, "ttt_sharp"), err
+    assert report_long.main([str(tmp_path / "r"), "--out", str(tmp_path / "report")]) == 0
+    code, _, err, _ = long_run("--adapter", adapter, "--modes", "ttt_sharp", out="sum")
+    assert code == 2 and "--modes ttt_sharp: test has no slots that were solved for" in err
 
 
 def test_an_answer_does_not_depend_on_its_batch(long_run, adapter):
