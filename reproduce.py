@@ -104,7 +104,7 @@ def longer(of: str, tuned: str, model=(), far: tuple[str, ...] = (), again: tupl
     how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--conversations", "8", *LONG_ROWS)
     recall, needles = ("--lr", "0.0005", "--groups", "1"), ("--updates", "400", "--data", "needles")
     return [Arm(f"{of}-long", (), (*how, *recall, "--updates", "200"), model, start=of, long="ttt_paper,ttt_strict"),
-            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict", far=far, count=FULL)
+            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict,ttt_sharp", far=far, count=FULL)
               for seed, start in ((0, of), *again)),
             Arm(f"{tuned}-needles", (), (*how, "--objective", "context", "--lr", "0.000125", *needles), model, start=tuned, long="in_context_tuned", far=far, count=FULL, tuned=True)]
 

@@ -2,7 +2,7 @@
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
-The modes: in_context, ttt_empty, ttt_paper and ttt_strict (long_modes.py); with --tuned-adapter in_context_tuned, in_context by the base with a LoRA that learned
+The modes: in_context, ttt_empty, ttt_paper, ttt_strict and ttt_sharp (long_modes.py); with --tuned-adapter in_context_tuned, in_context by the base with a LoRA that learned
 to read such texts, which is what an untrained reader is to be held against. Document and question are the same tokens in every mode (long_items.py). Items are
 made here, the same for the same tokenizer and seed (a profile's in a minute or two), so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
 they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
