@@ -121,7 +121,8 @@ def measure(arguments, loaded: Loaded, ttt: InPlaceTTT | None, plan: Plan, docum
             score_document(scorer, documents[0])
             compiling += time.perf_counter() - started
         title = " ".join(str(value) for name, value in what.items() if value is not None and name != "compiled")
-        rows += [what | score_document(scorer, tokens, len(documents) < scoring_report.FEWEST) for tokens in tqdm(documents, desc=title, unit="document")]
+        with tqdm(documents, desc=title, unit="document") as bar:
+            rows += [what | score_document(scorer, tokens, len(documents) < scoring_report.FEWEST) for tokens in bar]
         if base_digest(loaded) != before:
             raise RuntimeError(f"{what}: the base's parameters are not what they were before")
         keep(rows, compiling)
@@ -181,7 +182,11 @@ def score(arguments) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     keep = lambda rows, compiling, complete=False: write_json(path, run | {"base": {"before": before, "after": base_digest(loaded)}, "compile_seconds": round(compiling, 1),
                                                                           "complete": complete, "rows_sha256": scoring_report.rows_digest(rows), "rows": rows})
-    rows, compiling = measure(arguments, loaded, ttt, plan, documents, keep, earlier)
+    try:
+        rows, compiling = measure(arguments, loaded, ttt, plan, documents, keep, earlier)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the passes that had ended are in {path}; go on with\n  {run['command']}{'' if arguments.resume else ' --resume'}", file=sys.stderr)
+        sys.exit(130)
     keep(rows, compiling, complete=True)
     print("\n".join(scoring_report.run_lines(arguments.out.name, scoring_report.read_run(path))))
 
