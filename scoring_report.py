@@ -194,8 +194,10 @@ def passes_of(run: dict) -> set[tuple]:
 
 
 def differing(one: dict, other: dict) -> str | None:
-    """The first field in which two runs are not the same; None where their passes belong together."""
-    return next((name for name in SAME if one[name] != other[name]), None)
+    """The first field in which two runs are not the same; None where their passes belong together. A commit is the same dirty: results in a tracked folder make
+    the checkout so by themselves."""
+    of = lambda run: run | {"commit": run["commit"].removesuffix("-dirty")}
+    return next((name for name in SAME if of(one)[name] != of(other)[name]), None)
 
 
 def joined(runs: dict[str, dict]) -> dict[str, dict]:

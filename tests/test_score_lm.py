@@ -354,6 +354,17 @@ def test_seeds_that_ran_apart_are_one_table(call, text, tmp_path):
     assert list(scoring_report.read_runs(tmp_path / "parts")) == ["again", "run-0"]
 
 
+def test_results_in_a_tracked_folder_do_not_make_a_run_another_one(call, text, tmp_path, monkeypatch):
+    for commit, code in (("abc", 0), ("abc-dirty", 0), ("other", 2)):
+        monkeypatch.setenv("TTT_COMMIT", commit)
+        assert call("--text", text, *ADAMW, "--seeds", "0", "--out", tmp_path / "run", "--resume")[0] == code
+    (tmp_path / "apart").mkdir()
+    for seed, commit in enumerate(("abc", "abc-dirty")):
+        monkeypatch.setenv("TTT_COMMIT", commit)
+        assert call("--text", text, *ADAMW, "--seeds", str(seed), "--modes", "legal", "--out", tmp_path / "apart" / f"run-{seed}")[0] == 0
+    assert list(scoring_report.read_runs(tmp_path / "apart")) == ["run-0"]
+
+
 def test_the_command_audits(call, checkpoint, text, tmp_path, monkeypatch):
     small = ("--text", text, "--audit-tokens", 24, "--audit-probes", 3, "--window", 12, "--stride", 8, "--piece", 4)
     code, out, _ = call("--audit", *small, "--adapter", checkpoint())
