@@ -25,9 +25,11 @@ from bench_report import HEADER, Line, draw, text_of
 from bench_train import train
 from bench_whole import whole
 from decoding import answers_to, call_length, greedy, heard, kv_bytes_per_token, prefill
+from fast_weight import code_sizes, solve
 from in_place_ttt import InPlaceTTT
 from long_modes import asked
 from manifests import UserError, provenance, run_script, write_json
+from memory import unit
 from model_utils import Loaded, find_row, load_adapter, load_model, pick_device
 from operations import BaseCost, MemoryCost
 from public_way import CHUNK, NEW, PROMPT, TEXT, PublicWay
@@ -48,14 +50,16 @@ class Sizes:
     compiled: tuple[int, ...]              # likewise, with the base's layers compiled
     lengths: tuple[int, ...]               # of the conversations behind a memory that is read
     ranks: tuple[int, ...]                 # that a memory is cut to
+    solves: tuple[tuple[int, int], ...]    # (texts, slots of each)
     long: tuple[int, ...]                  # tokens of the documents that are asked about in the modes of long_modes.py
     square: int                            # of the matrices that the machine is measured with
     limit: int | None                      # conversations a level and language of the whole experiment
     rounds: int
 
 
-SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (2, 3), (TEXT, 1024, 4096, 32768), (64, 16), (2048, 8192, 32768), 8192, None, 3),
-         "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (), (TEXT, 512, 2048), (64, 16), (1024,), 1024, 2, 3)}
+SIZES = {"cuda": Sizes(256, 32, ((64, TEXT), (1, 4096), (1, 32768)), 4096, (1, 2, 3, 4, 8), (2, 3), (TEXT, 1024, 4096, 32768), (64, 16),
+                       ((64, 1024), (32, 2048), (8, 4096), (2, 8192)), (1024, 2048, 4096, 8192, 16384, 32768), 8192, None, 3),
+         "cpu": Sizes(16, 4, ((4, TEXT), (1, 1024)), 1024, (1, 2), (), (TEXT, 512, 2048), (64, 16), ((4, 512),), (1024,), 1024, 2, 3)}
 
 
 class Bench:
@@ -245,10 +249,27 @@ def ask_about(bench: Bench, ttt, mode: str, documents, questions) -> None:
         greedy(bench.model, bench.loaded.tokenizer, logits, past, NEW, session, early_stop=False)
 
 
+def solves(bench: Bench) -> None:
+    """Ridge's values of several texts of as many slots, in one batch and text by text: what fast_weight.WIDE chooses between."""
+    down = bench.model.get_decoder().layers[0].mlp.down_proj
+    sizes, hidden = code_sizes(down.in_features), down.out_features
+    for texts, slots in bench.sizes.solves:
+        draw = lambda width: unit(torch.randn(texts, slots, width, generator=bench.generator)).to(bench.device)
+        asked = (torch.cat([draw(size) for size in sizes], -1), draw(hidden), torch.full((texts, slots), 10.0, device=bench.device))
+        work = texts * (slots ** 3 / 3 + 2 * slots ** 2 * (sum(sizes) + hidden))
+        with torch.no_grad():
+            bench.compare("solve", f"{texts} x {slots:,} slots", {
+                "in one batch": Way(lambda: solve(*asked, sizes), texts, work / texts),
+                "text by text": Way(lambda: [solve(*one, sizes) for one in zip(*(t.split(1) for t in asked))], texts, work / texts)}, slots)
+
+
 def long(bench: Bench) -> None:
-    """A question of PROMPT tokens about one document of a longer and longer length, in each mode, with the study's form and with codes."""
-    cost, question = bench.cost, bench.rows(1, PROMPT)
+    """A question of PROMPT tokens about one document of a longer and longer length, to the end of the base's window, in each mode, with the study's form and with codes."""
+    cost, question, window = bench.cost, bench.rows(1, PROMPT), bench.model.config.get_text_config().max_position_embeddings
     for length in bench.sizes.long:
+        if length > window:
+            print(f"long    {length:,} tokens: the model's window is {window:,}", flush=True)
+            continue
         document = bench.rows(1, length - PROMPT - NEW)
         tokens = len(document[0])
         for form in ("study", "codes"):
@@ -274,7 +295,7 @@ def sizes_of_memory(bench: Bench) -> None:
         print(f"bytes   {TEXT} tokens {what:30s}{size / 1e6:10.3f} MB")
 
 
-PARTS = {"machine": machine, "probe": probe, "write": write, "train": train, "read": read, "long": long, "bytes": sizes_of_memory, "whole": whole}
+PARTS = {"machine": machine, "probe": probe, "write": write, "train": train, "read": read, "solve": solves, "long": long, "bytes": sizes_of_memory, "whole": whole}
 
 
 # ---- the command ----

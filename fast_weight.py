@@ -19,6 +19,7 @@ INITS = ("paper", "shift")
 RULES = ("hebbian", "ridge")
 ROOM = 2 ** 27  # entries of a write attention's matrix, all rows and heads: a quarter of a gigabyte in bfloat16, and softmax makes it twice more
 FEW = 4        # ridge solves by an inverse where slots are at most a FEWth of the hidden size
+WIDE = 2048    # slots from which on each text is solved for by itself: a GPU's batched Cholesky is made for small matrices, and texts differ in slots
 PACE = 10      # lambda spans orders of magnitude: its logarithm learns this much faster than the other parameters
 WIDE_OPEN = 11 / 12   # sigmoid from which on a sparse gate is at its full strength
 AJAR = 0.25           # strength of a sparse gate at the start
@@ -411,8 +412,8 @@ def limited(value_BSD: torch.Tensor, key_BSK: torch.Tensor, chunk_BS: torch.Tens
 
 
 def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Kernel ridge regression of every layer: {layer: values [B, S, D]}. Layers of one width S are solved in one batch, of long texts so
-    many of their rows as ROOM has place for.
+    """Kernel ridge regression of every layer: {layer: values [B, S, D]}. Layers of one width S are solved in one batch, so many of their rows as ROOM
+    has place for; rows of WIDE slots or more one by one.
 
     dW = sum_i value_i (x) k_i minimises sum_i trust_i |dW k_i - wanted_i|^2 + |dW|^2; tokens of trust 0 get value 0.
     wanted: keys, and in place of values what is to be read at them; trust [B, S] = w / lambda >= 0, by layer.
@@ -420,11 +421,11 @@ def fit(wanted: dict[int, LayerMemory], trust: dict[int, torch.Tensor]) -> dict[
     values = {}
     for width in {t.shape[1] for t in trust.values()}:
         layers = [i for i, t in trust.items() if t.shape[1] == width]
-        places = max(1, ROOM // width ** 2)
+        places, of_rows = (max(1, ROOM // width ** 2), solve) if width < WIDE else (1, solve_own)
         at_once = max(1, places // len(trust[layers[0]]))
         for some in (layers[first:first + at_once] for first in range(0, len(layers), at_once)):
             parts = (torch.cat(parts).split(places) for parts in zip(*((wanted[i].keys, wanted[i].values, trust[i]) for i in some)))
-            solved = torch.cat([solve(*part, wanted[some[0]].sizes) for part in zip(*parts)])
+            solved = torch.cat([of_rows(*part, wanted[some[0]].sizes) for part in zip(*parts)])
             values |= dict(zip(some, solved.split([len(trust[i]) for i in some])))
     return values
 
@@ -441,6 +442,13 @@ def solve(key_NSK: torch.Tensor, wanted_NSD: torch.Tensor, trust_NS: torch.Tenso
         inverse_NSS = torch.linalg.solve_triangular(lower_NSS, one_SS.expand_as(lower_NSS), upper=False)
         solved_NSD = inverse_NSS.mT @ (inverse_NSS @ wanted_NSD)
     return solved_NSD * root_NS.unsqueeze(-1)
+
+
+def solve_own(key_1SK: torch.Tensor, wanted_1SD: torch.Tensor, trust_1S: torch.Tensor, sizes: tuple[int, int] | None) -> torch.Tensor:
+    """`solve` of one text without the columns behind its own last slot, which other texts of its batch have; [1, S, D]."""
+    own = 1 + int(torch.where(trust_1S[0] > 0, torch.arange(trust_1S.shape[1], device=trust_1S.device), 0).max())
+    values_1SD = solve(key_1SK[:, :own], wanted_1SD[:, :own], trust_1S[:, :own], sizes)
+    return nn.functional.pad(values_1SD, (0, 0, 0, trust_1S.shape[1] - own))
 
 
 def chunk_of(position: torch.Tensor, chunk: int | None) -> torch.Tensor:

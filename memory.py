@@ -25,6 +25,7 @@ from tensor_files import save_tensors
 
 MOST_ROWS = 1_000_000  # of a memory file: no batch has as many, and a file that claims more is refused before anything of it is read
 ALIGNED = 8  # slots: a row of so many bfloat16 numbers fills the 16 bytes on which a GPU's fast matrix products want rows to begin
+ASKED_AT_ONCE = 512  # of a memory's own keys: all of a long text's, each met by each, are more numbers than the text
 FORMS = ({"update"}, {"keys", "values"}, {"keys", "values", "trust"})  # what a layer of a memory file may hold
 
 
@@ -220,7 +221,7 @@ class LayerMemory:
     def targets(self) -> torch.Tensor:
         """What the slots were solved for, [B, S, D]; needs trust. Empty slots: what is read there."""
         paid_BSD = self.values / torch.where(self.trust > 0, self.trust, 1.0)  # an empty slot's value is 0
-        return self.read(self.keys) + paid_BSD
+        return torch.cat([self.read(keys) for keys in self.keys.split(ASKED_AT_ONCE, 1)], 1) + paid_BSD
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm of dW, [B], without building it when factored: |dW|^2 = sum_ij (v_i . v_j)(k_i . k_j)."""

@@ -251,7 +251,9 @@ def tables(report: dict) -> str:
                   "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains) + len(kept))]
         for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"] == RETRIEVAL, c["task"], c["length"]))):
             found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
-            lines.append(f"| {task} | {length:,} | {max(cell['n'] for cell in found.values())} | " + " | ".join(
+            most = max(cell["n"] for cell in found.values())
+            fewer = ", ".join(f"{mode} {cell['n']}" for mode, cell in found.items() if cell["n"] < most)
+            lines.append(f"| {task} | {length:,} | {most}{f' ({fewer})' if fewer else ''} | " + " | ".join(
                 [with_interval(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
                 + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]
                 + [with_interval(found[m]["kept"], found[m]["kept_ci"]) if "kept" in found.get(m, {}) else "–" for m in kept]) + " |")

@@ -75,6 +75,7 @@ class Arm:
     far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
     clips: tuple[str, ...] = ()   # limits of a chunk under which SHORT texts are asked once more, in ttt_paper
     count: str = FEW              # items of each task and SHORT length; of a far one FEW
+    sharp: bool = False           # whether SHORT texts are asked once more, FEW items of each, with the memory read slot by slot
     tuned: bool = False           # a LoRA that reads in context
 
     @property
@@ -99,13 +100,16 @@ def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) 
 
 
 def longer(of: str, tuned: str, model=(), far: tuple[str, ...] = (), again: tuple[tuple[int, str], ...] = ()) -> list[Arm]:
-    """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles; and the LoRA that reads in context, on
-    the same needles. far: lengths beyond SHORT that those of the needles are asked; again: further seeds of the needles, each with the row it starts from."""
-    how = ("--workers", "6", "--save-every", "100", "--warmup", "20", "--conversations", "8", *LONG_ROWS)
-    recall, needles = ("--lr", "0.0005", "--groups", "1"), ("--updates", "400", "--data", "needles")
+    """A recall arm that goes on on conversations of the study's length, and one that goes on on texts with needles, then on texts of twice the length; and the
+    LoRA that reads in context, on the same needles. far: lengths beyond SHORT that those of the needles are asked; again: further seeds of the needles, each
+    with the row it starts from."""
+    every, needles = ("--workers", "6", "--save-every", "100", "--warmup", "20"), ("--updates", "400", "--data", "needles")
+    how, recall = (*every, "--conversations", "8", *LONG_ROWS), ("--lr", "0.0005", "--groups", "1")
     return [Arm(f"{of}-long", (), (*how, *recall, "--updates", "200"), model, start=of, long="ttt_paper,ttt_strict"),
-            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict,ttt_sharp", far=far, count=FULL)
+            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict", far=far, count=FULL, sharp=True)
               for seed, start in ((0, of), *again)),
+            Arm(f"{of}-needles-4096", (), (*every, "--conversations", "4", "--length", "4096", *recall, *needles), model, start=f"{of}-needles",
+                long="ttt_paper,ttt_strict", far=far, sharp=True),
             Arm(f"{tuned}-needles", (), (*how, "--objective", "context", "--lr", "0.000125", *needles), model, start=tuned, long="in_context_tuned", far=far, count=FULL, tuned=True)]
 
 
@@ -180,6 +184,7 @@ def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
     folder, few = out / "results" / "long" / row.name, ("--count", FEW)
     return [(folder, row.long, ("--lengths", SHORT, "--count", row.count)),
             *((folder.with_name(f"{row.name}-at-{length}"), row.long, ("--lengths", length, *few)) for length in row.far),
+            *[(folder.with_name(f"{row.name}-sharp"), "ttt_sharp", ("--lengths", SHORT, *few))] * row.sharp,
             *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", ("--clip", clip, "--lengths", SHORT, *few)) for clip in row.clips)]
 
 

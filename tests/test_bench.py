@@ -20,7 +20,7 @@ from operations import pairs
 from public_way import CHUNK, TRAINED, PublicWay
 from test_run_experiment import small_benchmark
 
-SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), compiled=(), lengths=(20, 40), ranks=(4,), long=(120,), square=64, limit=1, rounds=2)
+SMALL = bench.Sizes(probes=4, conversations=2, writes=((2, 70), (1, 150)), public_text=100, batches=(1, 2), compiled=(), lengths=(20, 40), ranks=(4,), solves=((3, 20),), long=(120, 10 ** 6), square=64, limit=1, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,8 @@ def test_every_part_reports_its_ways_side_by_side(run):
     for line in report["lines"]:
         ways.setdefault((line["part"], line["case"]), []).append(line)
         assert line["seconds"] > 0 and line["ratio"] > 0 and line["peak_gb"] is None and text_in(out, line)
-    assert {part for part, _ in ways} == {"probe", "write", "train", "read", "long", "whole"}
+    assert {part for part, _ in ways} == {"probe", "write", "train", "read", "solve", "long", "whole"}
+    assert [case for part, case in ways if part == "long"] == ["120 tokens, study", "120 tokens, codes"] and "long    1,000,000 tokens: the model's window is " in out
     assert all(lines[0]["ratio"] == 1.0 for lines in ways.values())
     (probe,) = [lines for (part, _), lines in ways.items() if part == "probe"]
     assert [line["way"] for line in probe] == ["base", "memory", "base, shared beginning", "memory, shared beginning", "public, one at a time"]

@@ -66,6 +66,25 @@ def test_a_solve_in_parts_is_the_solve_at_once(dtype, off, texts, monkeypatch):
         torch.testing.assert_close(parts[i], values, atol=off, rtol=off)
 
 
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_texts_of_many_slots_are_solved_for_one_by_one_each_at_its_own_width(dtype, off, monkeypatch):
+    """Three texts of 20 columns: all in use with gaps, the first 7 alone, none; and a layer of few, which stays a batch. Gradients reach all keys in use."""
+    counts = torch.tensor([20, 7, 0])
+    asked = {i: LayerMemory.factored(draw(3, s, 10, dtype=dtype, seed=i), draw(3, s, 8, dtype=dtype, seed=i + 9), sizes=(4, 6)) for i, s in {0: 20, 1: 20, 5: 9}.items()}
+    trust = {i: draw(3, layer.keys.shape[1], dtype=dtype, seed=i + 20).abs() * (torch.arange(layer.keys.shape[1]) < counts[:, None]) for i, layer in asked.items()}
+    trust[0][0, 3:6] = 0
+    together, sizes = fit(asked, trust), []
+    monkeypatch.setattr(fast_weight, "WIDE", 10)
+    monkeypatch.setattr(fast_weight, "solve", lambda *how: sizes.append(tuple(how[0].shape[:2])) or solve(*how))
+    for i, values in fit(asked, trust).items():
+        torch.testing.assert_close(values, together[i], atol=off, rtol=off)
+    assert sorted(sizes) == sorted([(3, 9), *[(1, 20), (1, 7), (1, 1)] * 2])
+    with torch.enable_grad():
+        keys = asked[0].keys.clone().requires_grad_()
+        fit({0: replace(asked[0], keys=keys)}, {0: trust[0]})[0].square().sum().backward()
+    assert torch.equal(keys.grad.abs().sum(-1) > 0, trust[0] > 0)
+
+
 # ---- the attention ----
 
 @pytest.mark.parametrize("lengths", [(300,), (290, 170, 1), (128, 128)])

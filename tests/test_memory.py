@@ -338,7 +338,7 @@ def product(codes):
     return torch.stack([first[..., a] * second[..., b] for a in range(SIZES[0]) for b in range(SIZES[1])], -1)
 
 
-def test_codes_are_read_summed_cut_and_measured_as_the_update_they_stand_for():
+def test_codes_are_read_summed_cut_and_measured_as_the_update_they_stand_for(monkeypatch):
     memory, queries = coded(), torch.randn(3, 2, sum(SIZES), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     for layer in memory.layers.values():
         update = torch.einsum("bsd,bsf->bdf", layer.values, product(layer.keys))
@@ -351,7 +351,9 @@ def test_codes_are_read_summed_cut_and_measured_as_the_update_they_stand_for():
         close(layer.to_dense().update, update)
         close(layer.norm(), update.flatten(1).norm(dim=1))
         assert layer.feed_forward == F
-        close(layer.targets(), layer.read(layer.keys) + layer.values / layer.trust)
+        for at_once in (512, 2):
+            monkeypatch.setattr("memory.ASKED_AT_ONCE", at_once)
+            close(layer.targets(), layer.read(layer.keys) + layer.values / layer.trust)
     close(Memory.stack([memory, memory.compact(3)]).dense().layers[1].update, torch.cat([memory.dense().layers[1].update, memory.compact(3).dense().layers[1].update]))
     torch.testing.assert_close(memory.noise_like(torch.Generator().manual_seed(1)).update_norm(), memory.update_norm())
 

@@ -255,6 +255,11 @@ def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items
     assert 0.5 < low < kept(report_long.RETRIEVAL) < high < 1
     assert "kept" not in cell(report, "mqar", "ttt_strict", 3) and "kept" not in cell(report, "mqar", "in_context_tuned", 1)
     assert "kept by ttt_strict |" in report_long.tables(report) and [c["mode"] for c in report["arms"][2]["cells"] if c["task"] == "vt"] == ["in_context", "ttt_strict"]
+    few = fake_run(tmp_path / "few", {"ttt_sharp": cells([1.0], [1.0], [0.0])})  # one item of each, of the same arm
+    assert report_long.main([str(base), str(reader), str(mine), str(few), "--out", str(tmp_path / "q")]) == 0
+    both = json.loads((tmp_path / "q/report.json").read_text(encoding="utf-8"))
+    assert cell(both, report_long.ALL, "ttt_strict", 2)["n"] == 7 and cell(both, report_long.ALL, "ttt_sharp", 2)["n"] == 3
+    assert "| mean over tasks | 1,024 | 7 (ttt_sharp 3) |" in report_long.tables(both) and "| vt | 1,024 | 2 (ttt_sharp 1) |" in report_long.tables(both)
     deaf = fake_run(tmp_path / "deaf", {"in_context": cells([0.0] * 2, [0.0] * 3, [0.0] * 2), "ttt_strict": cells([1.0] * 2, [1.0] * 3, [0.0] * 2)})
     assert report_long.main([str(deaf), "--out", str(tmp_path / "p")]) == 0  # a share of nothing is none
     assert "kept" not in cell(json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8")), report_long.ALL, "ttt_strict")
