@@ -1,6 +1,6 @@
-"""Score the runs of run_long.py: accuracy, gain over in_context, time and memory by mode and length; a report, two figures a model, a table.
+"""Score the runs of run_long.py: accuracy, gain over in_context, time and memory by mode and length; a report, figures (long_figures.py), tables.
 
-    python report_long.py                       every results/long/*/run.json; rewrites the block "long-tasks" of RESULTS.md
+    python report_long.py                       every results/long/*/run.json; rewrites the block "long-tasks" of RESULTS.md (means over tasks)
     python report_long.py results/long/a --out /elsewhere
 
 A base's in_context rows serve every run of the same weights, dtype and items that lacks them. Intervals are 95% bootstrap over items; a mean over
@@ -15,28 +15,21 @@ from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-import plots
 from evaluate import write_text
 from intervals import Bootstrap, interval
+from long_figures import ALL, ORDER, RETRIEVAL, draw, named
 from long_modes import DROPPED
 from long_tasks import is_retrieval
 from manifests import write_json
 from report_tables import around_block, with_interval
 from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
-from run_long import MODES, TUNED
+from run_long import TUNED
 
 ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "score": (float, int), "seconds": (float, int),
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
-ALL, RETRIEVAL = "mean over tasks", "mean over retrieval"
-ORDER = (MODES[0], TUNED, *MODES[1:])
-STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"},
-           "ttt_sharp": {"linestyle": ":", "markerfacecolor": "white"}}
 
 
 # ---- what ran ----
@@ -73,7 +66,8 @@ def joined(runs: list[dict]) -> list[dict]:
     groups: dict[tuple, dict] = {}
     for run in runs:
         one = {name: run[name] for name in ("name", "commit", "device", "command")}
-        whole = groups.setdefault((run["arm"], run["model"], *map(str, run["identity"].values())), run | {"rows": defaultdict(dict), "runs": [], "left_out": []})
+        identity = str(sorted((name, value) for name, value in run["identity"].items() if value is not None))  # earlier runs lack names of what they had not
+        whole = groups.setdefault((run["arm"], run["model"], identity), run | {"rows": defaultdict(dict), "runs": [], "left_out": []})
         for mode, rows in run["rows"].items():
             if shared := whole["rows"][mode].keys() & rows:
                 raise ResultsError(f"{run['name']}: {mode} answers {min(shared)}, as another run of {run['arm']} does; take one of the two folders out")
@@ -143,10 +137,11 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
                 if mode != "in_context" and shared:
                     gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: mine[item]["score"] - base[item]["score"]), settings)
                     cell |= {"gain": gain, "gain_ci": gain_ci, "shared": len(shared)}
-                readers = [rows for rows in (base, run["reader"]) if chosen and all(item in rows for item in chosen)]
-                if mode in DROPPED and readers:
-                    kept = share_kept(by_task(chosen, mine, lambda item: (mine[item]["score"], *(rows[item]["score"] for rows in readers))), settings)
-                    cell |= {"kept": kept[0], "kept_ci": kept[1]} if kept else {}
+                readers = [rows for rows in (base, run["reader"]) if any(item in rows for item in chosen)]
+                read = [item for item in chosen if all(item in rows for rows in readers)]
+                if mode in DROPPED and readers and {mine[item]["task"] for item in read} == set(of):
+                    kept = share_kept(by_task(read, mine, lambda item: (mine[item]["score"], *(rows[item]["score"] for rows in readers))), settings)
+                    cell |= {"kept": kept[0], "kept_ci": kept[1], "kept_n": len(read)} if kept else {}
                 cells.append(cell)
     return cells
 
@@ -158,89 +153,12 @@ def by_task(items: list[str], rows: dict, number) -> dict[str, list[float]]:
     return groups
 
 
-# ---- figures ----
-
-def draw_accuracy(arms: list[dict], path: Path) -> None:
-    """Score of one model's arms against length, a panel a task, a line an arm and mode; in_context once."""
-    tasks = list(dict.fromkeys(cell["task"] for arm in arms for cell in arm["cells"]))
-    columns = min(5 if len(tasks) > 12 else 4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.6))
-        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for spare in axes[len(tasks):]:
-            spare.set_visible(False)
-        figure.suptitle(f"{arms[0]['model']}: score by tokens of prompt and answer (bars: 95% bootstrap over items)")
-        lines = lines_of(arms)
-        for ax, task in zip(axes, tasks):
-            for number, (label, (look, cells)) in enumerate(lines.items()):
-                mine = [cell for cell in cells if cell["task"] == task]
-                if mine:
-                    ends = np.array([cell["ci"] or [cell["score"]] * 2 for cell in mine]).T
-                    score = np.array([cell["score"] for cell in mine])
-                    ax.errorbar([cell["length"] * 1.3 ** ((number + 0.5) / len(lines) - 0.5) for cell in mine], score, yerr=np.abs(ends - score),
-                                label=label, markersize=3.5, linewidth=1, capsize=1.5, **look)
-            ax.set_title(task)
-            dress(ax, arms)
-            ax.set_ylim(-0.05, 1.05)
-        for ax in axes[len(tasks) - columns:len(tasks)]:  # the lowest of each column, also above a spare one
-            ax.tick_params(labelbottom=True)
-        handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
-        figure.savefig(path, dpi=plots.DPI)
-
-
-def draw_cost(arms: list[dict], path: Path) -> None:
-    """Seconds an item and peak memory of one model's arms against length, over all tasks."""
-    with matplotlib.rc_context(plots.STYLE):
-        lines = lines_of(arms)
-        figure = Figure(figsize=(8.5, 3.4 + 0.16 * len(lines)))
-        figure.suptitle(arms[0]["model"])
-        for ax, name, text in zip(figure.subplots(1, 2), ("seconds", "peak_gb"), ("seconds an item (median)", "peak GB of a batch, above the weights")):
-            for label, (look, cells) in lines.items():
-                mine = [cell for cell in cells if cell["task"] == (ALL if any(c["task"] == ALL for c in cells) else cells[0]["task"]) and cell[name] is not None]
-                if mine:
-                    ax.plot([cell["length"] for cell in mine], [cell[name] for cell in mine], label=label, markersize=4, **look)
-            ax.set_title(text if ax.lines else "peak GB: not measured on a CPU")
-            if ax.lines:
-                ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            dress(ax, arms)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figure.savefig(path, dpi=plots.DPI)
-
-
-def dress(ax, arms: list[dict]) -> None:
-    lengths = sorted({cell["length"] for arm in arms for cell in arm["cells"]})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
-    ax.minorticks_off()
-    ax.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
-
-
-def named(arm: dict) -> str:
-    return arm["arm"] + (f" (seed {arm['seed']})" if arm["seed"] else "") + (f" clipped to {arm['clip']:g}" if arm["clip"] else "")
-
-
-def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
-    """The lines of a figure: {label: (how it is drawn, cells in order of length)}: an arm's colour, a mode's stroke; in_context is one line, however many arms share it."""
-    lines: dict[str, tuple[dict, dict]] = {}
-    number = -1
-    for arm in arms:
-        number += any(cell["mode"] != "in_context" for cell in arm["cells"])
-        for cell in sorted(arm["cells"], key=lambda cell: ORDER.index(cell["mode"])):
-            base = cell["mode"] == "in_context"
-            look = {"color": "black", "marker": "."} if base else {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
-            lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1].setdefault((cell["task"], cell["length"]), cell)
-    return {label: (look, sorted(cells.values(), key=lambda cell: cell["length"])) for label, (look, cells) in lines.items()}
-
-
 # ---- tables ----
 
-def tables(report: dict) -> str:
-    """The block's content: a table a run (scores by mode and length, gains over in_context), then the runs."""
-    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items. kept: over the higher of in_context and in_context_tuned, same items."]
+def tables(report: dict, means: bool = False) -> str:
+    """A table an arm (scores by mode and length, gains over in_context), then the runs. means: of an arm that was asked several tasks their means alone."""
+    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over items. gain: over in_context, same items. kept: over the higher of in_context and in_context_tuned, on the items "
+             "(n, where these are fewer) that were asked in all three." + " Of all tasks one by one: results/long/tables.md." * means]
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
         gains, kept = [mode for mode in modes if mode != "in_context"], [mode for mode in DROPPED if any("kept" in cell for cell in arm["cells"] if cell["mode"] == mode)]
@@ -249,19 +167,27 @@ def tables(report: dict) -> str:
                   f"{', base not frozen' if arm['frozen'] is False else ''})", "",
                   "| task | tokens | n | " + " | ".join([*modes, *(f"gain of {mode}" for mode in gains), *(f"kept by {mode}" for mode in kept)]) + " |",
                   "| --- | --- | --- |" + " --- |" * (len(modes) + len(gains) + len(kept))]
-        for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(arm["cells"], key=lambda c: (c["task"] == ALL, c["task"] == RETRIEVAL, c["task"], c["length"]))):
+        shown = [cell for cell in arm["cells"] if cell["task"] in (ALL, RETRIEVAL)] if means and any(cell["task"] == ALL for cell in arm["cells"]) else arm["cells"]
+        for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in sorted(shown, key=lambda c: (c["task"] == ALL, c["task"] == RETRIEVAL, c["task"], c["length"]))):
             found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
             most = max(cell["n"] for cell in found.values())
             fewer = ", ".join(f"{mode} {cell['n']}" for mode, cell in found.items() if cell["n"] < most)
             lines.append(f"| {task} | {length:,} | {most}{f' ({fewer})' if fewer else ''} | " + " | ".join(
                 [with_interval(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
                 + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]
-                + [with_interval(found[m]["kept"], found[m]["kept_ci"]) if "kept" in found.get(m, {}) else "–" for m in kept]) + " |")
+                + [share_text(found.get(m, {})) for m in kept]) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
     lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "")
               for arm in report["arms"] for run in arm["runs"]]
     return "\n".join(lines) + "\n"
+
+
+def share_text(cell: dict) -> str:
+    """What is kept, with its interval, and of how many items where these are not all of the cell's."""
+    if "kept" not in cell:
+        return "–"
+    return with_interval(cell["kept"], cell["kept_ci"]) + (f" (n {cell['kept_n']})" if cell["kept_n"] < cell["n"] else "")
 
 
 # ---- the script ----
@@ -289,15 +215,13 @@ def main(arguments=None) -> int:
         around = around_block(results_md, BLOCK) if results_md else None
         report = build(folders, Bootstrap(seed=args.seed), args.allow_incomplete)
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        for model in dict.fromkeys(arm["model"] for arm in report["arms"]):
-            arms = [arm for arm in report["arms"] if arm["model"] == model]
-            draw_accuracy(arms, out / f"figures/accuracy-{model.replace('/', '-')}.png")
-            draw_cost(arms, out / f"figures/cost-{model.replace('/', '-')}.png")
+        draw(report["arms"], out / "figures")
         write_json(out / "report.json", report)
+        write_text(out / "tables.md", "# Long texts, task by task\nWritten by report_long.py.\n\n" + tables(report))
         if around:
-            write_text(results_md, around[0] + tables(report) + around[1])
+            write_text(results_md, around[0] + tables(report, means=True) + around[1])
         print(tables(report))
-        print(f"Report: {out / 'report.json'}; figures: {out / 'figures'}" + (f"; table: {results_md}" if results_md else ""))
+        print(f"Report: {out / 'report.json'}; tables: {out / 'tables.md'}; figures: {out / 'figures'}" + (f"; means: {results_md}" if results_md else ""))
     except ResultsError as error:
         print(f"report_long.py: error: {error}", file=sys.stderr)
         return 2

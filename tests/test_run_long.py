@@ -7,6 +7,7 @@ from conftest import strengthen
 from test_run_experiment import manifest, save_fast_weights, save_lora, save_tiny
 
 import evaluate
+import long_figures
 import report_long
 import run_long
 from decoding import greedy, prefill
@@ -197,7 +198,7 @@ def test_bad_arguments(long_run, tmp_path, more, named):
 
 # ---- the report ----
 
-def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s"):
+def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None):
     """mode_scores: {mode: {(task, length): scores}}."""
     folder.mkdir(parents=True)
     rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": None, "batch": 1}
@@ -205,7 +206,7 @@ def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s"):
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
         "arm": arm, "model": "tiny", "modes": sorted(mode_scores), "tasks": [], "lengths": [], "left_out": [], "commit": "c", "command": "python run_long.py", "device": "cpu",
-        "identity": {"model_sha256": sha, "dtype": "float32", "item_seeds": [0]}, "complete": complete, "objective": "recall", "chunk": 64, "adapter": None, "rows": len(rows)}), encoding="utf-8")
+        "identity": {"model_sha256": sha, "dtype": "float32", "item_seeds": [0]} | (identity or {}), "complete": complete, "objective": objective, "chunk": chunk, "adapter": None, "rows": len(rows)}), encoding="utf-8")
     return folder
 
 
@@ -224,7 +225,7 @@ def test_gains_are_paired_and_tasks_weigh_alike(tmp_path):
     assert every["score"] == pytest.approx((0.75 + 0.5) / 2) and every["gain"] == pytest.approx((0.25 + 0.5) / 2) and every["n"] == 16
     assert every["gain_ci"][0] <= every["gain"] <= every["gain_ci"][1]
     assert "gain" not in cell(report, "a", "in_context")
-    assert (tmp_path / "o/figures/accuracy-tiny.png").stat().st_size > 10000 and (tmp_path / "o/figures/cost-tiny.png").exists()
+    assert (tmp_path / "o/figures/accuracy-tiny-chunks.png").stat().st_size > 10000 and (tmp_path / "o/figures/cost-tiny-chunks.png").exists()
 
 
 def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
@@ -253,6 +254,15 @@ def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items
     assert kept(report_long.RETRIEVAL) == pytest.approx((0.75 + 0.6) / (1 + 0.8)) and kept(report_long.ALL) == pytest.approx((0.75 + 0.6) / (1 + 0.8 + 0.25))
     low, high = cell(report, report_long.RETRIEVAL, "ttt_strict", 2)["kept_ci"]
     assert 0.5 < low < kept(report_long.RETRIEVAL) < high < 1
+    assert cell(report, "vt", "ttt_strict", 2)["kept_n"] == 2
+    less = fake_run(tmp_path / "less", {"in_context_tuned": cells([1.0], [0.8], [0.0])}, arm="less")  # a reader that was asked one item of each
+    assert report_long.main([str(base), str(less), str(mine), "--out", str(tmp_path / "l")]) == 0
+    held = json.loads((tmp_path / "l/report.json").read_text(encoding="utf-8"))
+    assert cell(held, report_long.ALL, "ttt_strict", 2)["kept"] == pytest.approx((1 + 0.6) / (1 + 0.5 + 1)) and "(n 3)" in report_long.tables(held)
+    nothing = fake_run(tmp_path / "nothing", {"in_context_tuned": cells([1.0], [0.8])}, arm="nothing")  # and one that was not asked a task
+    assert report_long.main([str(base), str(nothing), str(mine), "--out", str(tmp_path / "n")]) == 0
+    held = json.loads((tmp_path / "n/report.json").read_text(encoding="utf-8"))
+    assert "kept" not in cell(held, report_long.ALL, "ttt_strict", 2) and cell(held, report_long.RETRIEVAL, "ttt_strict", 2)["kept_n"] == 2
     assert "kept" not in cell(report, "mqar", "ttt_strict", 3) and "kept" not in cell(report, "mqar", "in_context_tuned", 1)
     assert "kept by ttt_strict |" in report_long.tables(report) and [c["mode"] for c in report["arms"][2]["cells"] if c["task"] == "vt"] == ["in_context", "ttt_strict"]
     few = fake_run(tmp_path / "few", {"ttt_sharp": cells([1.0], [1.0], [0.0])})  # one item of each, of the same arm
@@ -272,6 +282,9 @@ def test_runs_of_one_arm_are_one_and_the_same_answer_twice_is_refused(tmp_path, 
     arm, = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"]
     assert [run["name"] for run in arm["runs"]] == ["short", "far"]
     assert {(c["length"], c["mode"], c["score"]) for c in arm["cells"]} == {(1024, "in_context", 0.5), (1024, "ttt_strict", 1.0), (2048, "ttt_strict", 0.5)}
+    named = fake_run(tmp_path / "named", {"ttt_strict": {("a", 4096): [1.0, 0.0]}}, identity={"tuned_adapter_sha256": None})  # a name that earlier runs lack
+    assert report_long.main([str(short), str(named), "--out", str(tmp_path / "n")]) == 0
+    assert len(json.loads((tmp_path / "n/report.json").read_text(encoding="utf-8"))["arms"]) == 1
     again = fake_run(tmp_path / "again", {"ttt_strict": {("a", 1024): [0.0]}})
     assert report_long.main([str(short), str(again), "--out", str(tmp_path / "p")]) == 2
     assert "again: ttt_strict answers a-1024-0, as another run of arm does" in capsys.readouterr().err
@@ -284,6 +297,24 @@ def test_results_md_gets_its_block_and_keeps_the_rest(tmp_path, monkeypatch):
     assert report_long.main([]) == 0
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| a | 1,024 | 2 | 0.500" in text
+    fake_run(tmp_path / "results/long/s", {"ttt_strict": {("a", 1024): [1.0, 0.0], ("b", 1024): [1.0, 1.0]}})
+    assert report_long.main([]) == 0
+    text, every = ((tmp_path / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "results/long/tables.md"))
+    assert "| mean over tasks | 1,024 | 4 |" in text and "| b | 1,024 |" not in text and "results/long/tables.md" in text  # several tasks: their means there, all here
+    assert "| mean over tasks | 1,024 | 4 |" in every and "| b | 1,024 | 2 |" in every
+
+
+def test_each_kind_of_arm_has_figures_of_its_own_and_a_base_stands_in_all(tmp_path):
+    base = fake_run(tmp_path / "base", {"in_context": {("a", 1024): [1.0, 0.0]}}, arm="base", objective="none", chunk=None)
+    chunks = fake_run(tmp_path / "chunks", {"ttt_paper": {("a", 1024): [1.0, 1.0]}}, arm="chunks", objective="lm")
+    reader = fake_run(tmp_path / "reader", {"in_context_tuned": {("a", 1024): [1.0, 1.0]}}, arm="reader", objective="context", chunk=None)
+    drawn = lambda out: sorted(path.name for path in (tmp_path / out / "figures").iterdir())
+    for out, runs, kinds in (("o", (base, chunks, reader), ("chunks", "whole")), ("p", (base, chunks), ("chunks",)), ("q", (base,), ("whole",))):
+        assert report_long.main([*map(str, runs), "--out", str(tmp_path / out)]) == 0
+        assert drawn(out) == sorted(f"{what}-tiny-{kind}.png" for what in ("accuracy", "cost") for kind in kinds)
+    arms = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"]
+    assert [long_figures.kind_of(arm) for arm in arms] == [None, "chunks", "whole"]
+    assert list(long_figures.lines_of(arms[:2])) == ["in_context", "chunks, ttt_paper"]
 
 
 def test_of_an_unfinished_run_the_whole_lengths_are_scored_when_asked_for(tmp_path, capsys):
