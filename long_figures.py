@@ -44,7 +44,7 @@ def draw_accuracy(arms: list[dict], title: str, path: Path) -> None:
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for spare in axes[len(tasks):]:
             spare.set_visible(False)
-        figure.suptitle(f"{title}: score by tokens of prompt and answer (bars: 95% bootstrap over items)")
+        figure.suptitle(f"{title}: score by tokens of prompt and answer (bars: 95% bootstrap over texts)")
         lines = lines_of(arms)
         for ax, task in zip(axes, tasks):
             for number, (label, (look, cells)) in enumerate(lines.items()):

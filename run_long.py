@@ -53,8 +53,12 @@ class Job(Items):
 
 def name_of(item: Item) -> str:
     """Names the item and its text: another file's or generator's item of the same number has another name."""
-    text = hashlib.sha256("\0".join([item.document, item.question, *item.answers]).encode()).hexdigest()
-    return f"{item.task}-{item.length}-s{item.seed}-{item.index}-{text[:8]}"
+    return f"{item.task}-{item.length}-s{item.seed}-{item.index}-{sha(item.document, item.question, *item.answers)}"
+
+
+def sha(*texts: str) -> str:
+    """Eight digits that tell texts apart."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
 
 
 def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
@@ -89,7 +93,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / len(job.items)
     peak = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3) if cuda else None
-    return [{"condition": job.mode, "sample_id": name_of(item), "probe_id": name_of(item), "task": item.task, "length": item.length,
+    return [{"condition": job.mode, "sample_id": name_of(item), "probe_id": name_of(item), "document": sha(item.document), "task": item.task, "length": item.length,
              "prompt_tokens": item.tokens, "answers": list(item.answers), "metric": item.metric, "prediction": text,
              "score": round(long_tasks.score(item, text), 6), "seconds": round(seconds, 4), "batch": len(job.items), "peak_gb": peak}
             for item, text in zip(job.items, said)]

@@ -12,6 +12,7 @@ import report_long
 import run_long
 from decoding import greedy, prefill
 from in_place_ttt import InPlaceTTT, TTTConfig
+from intervals import Bootstrap
 from long_tasks import make, write_items
 from model_utils import load_adapter, load_model, save_adapter
 from prompts import encode
@@ -56,6 +57,7 @@ def test_every_item_is_asked_once_in_every_mode(long_run, adapter):
     code, text, err, rows = long_run("--adapter", adapter)
     assert code == 0 and len(rows) == 2 * 3 and "report_long.py" in text, err
     assert all(0 <= row["score"] <= 1 and row["prompt_tokens"] <= LENGTH and row["seconds"] > 0 for row in rows)
+    assert len({row["document"] for row in rows}) == 1 and len({row["sample_id"] for row in rows}) == 2  # two questions about one text
     assert said(rows, "in_context") != said(rows, "ttt_paper") != said(rows, "ttt_strict")
     assert said(long_run(out="base")[3], "in_context") == said(rows, "in_context")  # the untouched base's, adapter or not
 
@@ -201,7 +203,7 @@ def test_bad_arguments(long_run, tmp_path, more, named):
 def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None):
     """mode_scores: {mode: {(task, length): scores}}."""
     folder.mkdir(parents=True)
-    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": None, "batch": 1}
+    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "document": f"{task}{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": None, "batch": 1}
             for mode, cells in mode_scores.items() for (task, length), scores in cells.items() for i, score in enumerate(scores)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
@@ -273,6 +275,19 @@ def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items
     deaf = fake_run(tmp_path / "deaf", {"in_context": cells([0.0] * 2, [0.0] * 3, [0.0] * 2), "ttt_strict": cells([1.0] * 2, [1.0] * 3, [0.0] * 2)})
     assert report_long.main([str(deaf), "--out", str(tmp_path / "p")]) == 0  # a share of nothing is none
     assert "kept" not in cell(json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8")), report_long.ALL, "ttt_strict")
+
+
+def test_questions_about_one_text_stand_or_fall_together(tmp_path):
+    earlier = [{"task": task, "sample_id": f"{task}-1024-s0-{index}-0123abcd"} for task, index in (("mqar", 0), ("mqar", 7), ("mqar", 8), ("vt", 7), ("vt", 8))]
+    assert [report_long.text_of(row) for row in earlier] == ["0", "0", "1", "vt-1024-s0-7-0123abcd", "vt-1024-s0-8-0123abcd"]
+    eights = {f"text{i}": [(float(i % 2),)] * 8 for i in range(5)}
+    ones = {f"text{i}-{j}": [(float(i % 2),)] for i in range(5) for j in range(8)}
+    wide, narrow = (report_long.mean_of_tasks({"a": texts, "b": texts}, Bootstrap()) for texts in (eights, ones))
+    assert wide[0] == narrow[0] == pytest.approx(0.4) and wide[1][1] - wide[1][0] > 2 * (narrow[1][1] - narrow[1][0])
+    assert report_long.mean_of_tasks({"a": {"text": [(1.0,), (0.0,)]}}, Bootstrap()) == (0.5, None)  # one text has no interval
+    uneven = {"one": [(1.0, 1.0)] * 3, "two": [(0.0, 1.0)]}  # a mean over items, whatever texts they are of
+    assert report_long.share_kept({"a": uneven}, Bootstrap()) == (0.75, [0.0, 1.0])
+    assert report_long.mean_of_tasks({"a": {text: [number[:1] for number in numbers] for text, numbers in uneven.items()}}, Bootstrap())[0] == 0.75
 
 
 def test_runs_of_one_arm_are_one_and_the_same_answer_twice_is_refused(tmp_path, capsys):
