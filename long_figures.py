@@ -65,17 +65,17 @@ def draw_accuracy(arms: list[dict], title: str, path: Path) -> None:
 
 
 def draw_cost(arms: list[dict], title: str, path: Path) -> None:
-    """Seconds an item and peak memory of arms of one model against length, over all tasks."""
+    """Seconds and peak memory an item, above the weights, of arms of one model against length, over all tasks: batches differ in size."""
     with matplotlib.rc_context(plots.STYLE):
         lines = lines_of(arms)
         figure = Figure(figsize=(8.5, 3.4 + 0.16 * len(lines)))
         figure.suptitle(title)
-        for ax, name, text in zip(figure.subplots(1, 2), ("seconds", "peak_gb"), ("seconds an item (median)", "peak GB of a batch, above the weights")):
+        for ax, name, text in zip(figure.subplots(1, 2), ("seconds", "item_gb"), ("seconds an item (median)", "GB an item (median of a batch's peak by its items)")):
             for label, (look, cells) in lines.items():
                 mine = [cell for cell in cells if cell["task"] == (ALL if any(c["task"] == ALL for c in cells) else cells[0]["task"]) and cell[name] is not None]
                 if mine:
                     ax.plot([cell["length"] for cell in mine], [cell[name] for cell in mine], label=label, markersize=4, **look)
-            ax.set_title(text if ax.lines else "peak GB: not measured on a CPU")
+            ax.set_title(text if ax.lines else "memory: not measured on a CPU")
             if ax.lines:
                 ax.set_yscale("log")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

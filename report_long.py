@@ -150,7 +150,8 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
                 value, ends = mean_of_tasks(by_task(chosen, mine, lambda item: (mine[item]["score"],)), settings)
                 cell = {"task": task, "length": length, "mode": mode, "n": len(chosen), "score": value, "ci": ends,
                         "seconds": float(np.median([mine[item]["seconds"] for item in chosen])),
-                        "peak_gb": max((mine[item]["peak_gb"] for item in chosen if mine[item]["peak_gb"] is not None), default=None)}
+                        "peak_gb": max((mine[item]["peak_gb"] for item in chosen if mine[item]["peak_gb"] is not None), default=None),
+                        "item_gb": float(np.median(shares)) if (shares := [mine[item]["peak_gb"] / mine[item]["batch"] for item in chosen if mine[item]["peak_gb"] is not None]) else None}
                 shared = [item for item in chosen if item in base]
                 if mode != "in_context" and shared:
                     gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: (mine[item]["score"] - base[item]["score"],)), settings)

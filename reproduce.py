@@ -94,7 +94,7 @@ def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) 
     arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
-    clips = {"study": CLIPS[:1], "study-docs": CLIPS}
+    clips = {"study": CLIPS[:1], "study-docs": CLIPS, "study-docs-wdown": CLIPS[:1]}
     return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far if name == "study-docs" else (),
                 clips=clips.get(name, ())) for name, how in sized.items()]
 

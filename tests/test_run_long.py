@@ -200,10 +200,10 @@ def test_bad_arguments(long_run, tmp_path, more, named):
 
 # ---- the report ----
 
-def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None):
+def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None, peak=None, batch=1):
     """mode_scores: {mode: {(task, length): scores}}."""
     folder.mkdir(parents=True)
-    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "document": f"{task}{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": None, "batch": 1}
+    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "document": f"{task}{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": peak, "batch": batch}
             for mode, cells in mode_scores.items() for (task, length), scores in cells.items() for i, score in enumerate(scores)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
@@ -321,7 +321,7 @@ def test_results_md_gets_its_block_and_keeps_the_rest(tmp_path, monkeypatch):
 
 def test_each_kind_of_arm_has_figures_of_its_own_and_a_base_stands_in_all(tmp_path):
     base = fake_run(tmp_path / "base", {"in_context": {("a", 1024): [1.0, 0.0]}}, arm="base", objective="none", chunk=None)
-    chunks = fake_run(tmp_path / "chunks", {"ttt_paper": {("a", 1024): [1.0, 1.0]}}, arm="chunks", objective="lm")
+    chunks = fake_run(tmp_path / "chunks", {"ttt_paper": {("a", 1024): [1.0, 1.0]}}, arm="chunks", objective="lm", peak=6.0, batch=3)
     reader = fake_run(tmp_path / "reader", {"in_context_tuned": {("a", 1024): [1.0, 1.0]}}, arm="reader", objective="context", chunk=None)
     drawn = lambda out: sorted(path.name for path in (tmp_path / out / "figures").iterdir())
     for out, runs, kinds in (("o", (base, chunks, reader), ("chunks", "whole")), ("p", (base, chunks), ("chunks",)), ("q", (base,), ("whole",))):
@@ -329,6 +329,7 @@ def test_each_kind_of_arm_has_figures_of_its_own_and_a_base_stands_in_all(tmp_pa
         assert drawn(out) == sorted(f"{what}-tiny-{kind}.png" for what in ("accuracy", "cost") for kind in kinds)
     arms = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"]
     assert [long_figures.kind_of(arm) for arm in arms] == [None, "chunks", "whole"]
+    assert [(c["peak_gb"], c["item_gb"]) for arm in arms[:2] for c in arm["cells"]] == [(None, None), (None, None), (6.0, 2.0)]  # lent, then its own
     assert list(long_figures.lines_of(arms[:2])) == ["in_context", "chunks, ttt_paper"]
 
 
