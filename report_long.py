@@ -107,10 +107,15 @@ def columns_of(texts: dict[str, list]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([np.sum(numbers, 0) for numbers in texts.values()]), np.array([[len(numbers)] for numbers in texts.values()])
 
 
-def resampled(by_task: dict[str, dict[str, list]], settings: Bootstrap) -> np.ndarray:
-    """Means over tasks of the k numbers of each item, [resamples, k]; texts are drawn within their task."""
+def over_tasks(columns: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Means over tasks of the k numbers of each item, [k]. columns: columns_of each task."""
+    return np.mean([pooled(*both, 0) for both in columns], 0)
+
+
+def resampled(columns: list[tuple[np.ndarray, np.ndarray]], settings: Bootstrap) -> np.ndarray:
+    """over_tasks of resamples, [resamples, k]; texts are drawn within their task."""
     random, means = np.random.default_rng(settings.seed), []
-    for sums, counts in map(columns_of, by_task.values()):
+    for sums, counts in columns:
         drawn = random.integers(0, len(sums), (settings.resamples, len(sums)))
         means.append(pooled(sums[drawn], counts[drawn], 1))
     return np.mean(means, 0)
@@ -119,17 +124,18 @@ def resampled(by_task: dict[str, dict[str, list]], settings: Bootstrap) -> np.nd
 def mean_of_tasks(by_task: dict[str, dict[str, list]], settings: Bootstrap) -> tuple[float, list[float] | None]:
     """(mean of the tasks' means, its interval, texts resampled within their task; of one task BCa, None for one text)."""
     columns = [columns_of(texts) for texts in by_task.values()]
-    value = float(np.mean([pooled(*both, 0) for both in columns]))
     if len(columns) == 1:
-        return value, interval(pooled, [column[:, 0] for column in columns[0]], settings)
-    return value, [float(end) for end in np.percentile(resampled(by_task, settings)[:, 0], [2.5, 97.5])]
+        ends = interval(pooled, [column[:, 0] for column in columns[0]], settings)
+    else:
+        ends = [float(end) for end in np.percentile(resampled(columns, settings)[:, 0], [2.5, 97.5])]
+    return float(over_tasks(columns)[0]), ends
 
 
 def share_kept(by_task: dict[str, dict[str, list]], settings: Bootstrap) -> tuple[float, list[float] | None] | None:
     """(score over the best reader's, of the tasks' means; its interval, texts resampled within their task); None where no reader answers anything. Of each
     item (score, each reader's score). The best reader is found anew in each resample, as evaluate.py's ceiling is."""
-    share = lambda means: means[..., 0] / means[..., 1:].max(-1)
-    means, drawn = np.mean([pooled(*columns_of(texts), 0) for texts in by_task.values()], 0), resampled(by_task, settings)
+    columns, share = [columns_of(texts) for texts in by_task.values()], lambda means: means[..., 0] / means[..., 1:].max(-1)
+    means, drawn = over_tasks(columns), resampled(columns, settings)
     if not means[1:].any():
         return None
     return float(share(means)), [float(end) for end in np.percentile(share(drawn), [2.5, 97.5])] if drawn[:, 1:].any(1).all() else None
@@ -148,10 +154,11 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
             for task, of in ({task: [task] for task in tasks} | {name: of for name, of in means.items() if of}).items():
                 chosen = [item for item, row in mine.items() if row["task"] in of]
                 value, ends = mean_of_tasks(by_task(chosen, mine, lambda item: (mine[item]["score"],)), settings)
+                measured = [mine[item] for item in chosen if mine[item]["peak_gb"] is not None]
                 cell = {"task": task, "length": length, "mode": mode, "n": len(chosen), "score": value, "ci": ends,
                         "seconds": float(np.median([mine[item]["seconds"] for item in chosen])),
-                        "peak_gb": max((mine[item]["peak_gb"] for item in chosen if mine[item]["peak_gb"] is not None), default=None),
-                        "item_gb": float(np.median(shares)) if (shares := [mine[item]["peak_gb"] / mine[item]["batch"] for item in chosen if mine[item]["peak_gb"] is not None]) else None}
+                        "peak_gb": max((row["peak_gb"] for row in measured), default=None),
+                        "item_gb": float(np.median([row["peak_gb"] / row["batch"] for row in measured])) if measured else None}
                 shared = [item for item in chosen if item in base]
                 if mode != "in_context" and shared:
                     gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: (mine[item]["score"] - base[item]["score"],)), settings)
