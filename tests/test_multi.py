@@ -130,6 +130,8 @@ def test_training_goes_on_with_another_number_of_processes_after_one_has_failed(
         def step(loaded, ttt, batch, device, **how):
             calls.append(1)
             if rank == 1 and len(calls) == 2:
+                while not (tmp_path / "a/manifest.json").exists():  # the first process saves while this one goes on, and is ended with it
+                    time.sleep(0.01)
                 raise UserError("the second process cannot go on")
             return whole(loaded, ttt, batch, device, **how)
         calls, whole = [], train_minimal.OBJECTIVES["recall"]
