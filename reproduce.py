@@ -33,11 +33,12 @@ JOINT = ("--joint", "--lr", "0.001", "--updates", "105")
 # side by side on an H200. The arms that go on at length: 200 or 400 updates of at most 16,384 tokens.
 STUDY = ("--workers", "6", "--save-every", "100", "--form", "study", "--updates", "200", "--warmup", "20", "--lr", "0.001")
 LM, LONG_ROWS, DOCS = ("--objective", "lm"), ("--length", "2048"), ("--data", "package-docs")
-CLIPS = ("0.001", "0.01")
 # 80 items of 8,192 tokens in one batch. In float32 four modes side by side answered 23,000 tokens of prompts a second on an H200, too few for all rows;
 # in bfloat16 answers may change with the batch, which run.json keeps.
-# The untouched bases and the arms of the headline are asked the profile full's items of every task and length, the others the first 20 of these.
+# The untouched bases, the arms of the headline and what is clipped to 0.001 are asked the profile full's items of every task and length, the others the first
+# 20 of these: unclipped the study's arms answer next to nothing from 2,048 tokens on.
 FULL, FEW = "100", "20"
+CLIPS = (("0.001", FULL), ("0.01", FEW))
 LONG = ("--workers", "6", "--dtype", "bfloat16", "--batch-tokens", "655360")
 SHORT, FAR = "1024,2048,4096,8192", ("16384", "32768")  # each far length is a run of its own, for another GPU to take
 ASKED = "B_memory,B_swapped,B_merged_4,D_distractor,A_foreign"
@@ -73,7 +74,7 @@ class Arm:
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
     long: str | None = None       # modes in which run_long.py asks long texts
     far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
-    clips: tuple[str, ...] = ()   # limits of a chunk under which SHORT texts are asked once more, in ttt_paper
+    clips: tuple[tuple[str, str], ...] = ()  # (limit of a chunk, items) under which SHORT texts are asked once more, in ttt_paper
     count: str = FEW              # items of each task and SHORT length; of a far one FEW
     sharp: bool = False           # whether SHORT texts are asked once more, FEW items of each, with the memory read slot by slot
     tuned: bool = False           # a LoRA that reads in context
@@ -94,7 +95,7 @@ def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) 
     arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
-    clips = {"study": CLIPS[:1], "study-docs": CLIPS, "study-docs-wdown": CLIPS[:1]}
+    clips = {"study": CLIPS[:1], "study-docs": CLIPS, "study-docs-wdown": (("0.001", FEW),)}
     return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far if name == "study-docs" else (),
                 clips=clips.get(name, ())) for name, how in sized.items()]
 
@@ -135,6 +136,7 @@ ARMS = {row.name: row for row in (
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
     *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
     *longer("smollm2-deep", "smollm2-tuned", again=((2, "smollm2-deep-seed2"),)), *longer("qwen-deep", "qwen-tuned", QWEN, far=FAR),
+    *longer("gemma3-deep", "gemma3-tuned", GEMMA, far=FAR),
     *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far, count=FULL) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
 
 
@@ -185,7 +187,7 @@ def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
     return [(folder, row.long, ("--lengths", SHORT, "--count", row.count)),
             *((folder.with_name(f"{row.name}-at-{length}"), row.long, ("--lengths", length, *few)) for length in row.far),
             *[(folder.with_name(f"{row.name}-sharp"), "ttt_sharp", ("--lengths", SHORT, *few))] * row.sharp,
-            *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", ("--clip", clip, "--lengths", SHORT, *few)) for clip in row.clips)]
+            *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", ("--clip", clip, "--lengths", SHORT, "--count", count)) for clip, count in row.clips)]
 
 
 def answered(folder: Path, field: str, wanted: str) -> bool:

@@ -429,16 +429,16 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
             assert asked.lengths == length and asked.clip is None and asked.modes == ["ttt_paper", "ttt_strict"] and asked.out.endswith(f"{row.name}-at-{length}")
-        for clip, again in zip(row.clips, clipped):
+        for (clip, count), again in zip(row.clips, clipped):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
-            assert asked.clip == float(clip) and asked.modes == ["ttt_paper"] and asked.out.endswith(f"{row.name}-clip-{clip}")
+            assert asked.clip == float(clip) and asked.count == int(count) and asked.modes == ["ttt_paper"] and asked.out.endswith(f"{row.name}-clip-{clip}")
     arguments = types.SimpleNamespace(only=["smollm2-study"], out=tmp_path)
     folder = tmp_path / "results/long"
     assert reproduce.what_next(arguments) == f"python report_long.py {folder / 'smollm2-study'} {folder / 'smollm2-study-clip-0.001'} --out {folder}"
 
 
-@pytest.mark.parametrize("name", ["smollm2-deep", "qwen-deep"])
+@pytest.mark.parametrize("name", ["smollm2-deep", "qwen-deep", "gemma3-deep"])
 def test_an_arm_goes_on_at_length_with_its_own_settings(name, tmp_path, monkeypatch):
     short, long = reproduce.ARMS[name], reproduce.ARMS[f"{name}-long"]
     configs = []
