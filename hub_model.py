@@ -84,7 +84,7 @@ print(tokenizer.batch_decode(tokens[:, asked["input_ids"].shape[1]:], skip_speci
 ```
 
 `model.prompt` gives the form that the adapter was trained on; for prompts of another form say with `head_tokens` how many of a prompt's
-tokens stand before its question. Greedy decoding and sampling read a memory; beams, assisted and contrastive decoding are refused.
+tokens stand before its question (left out: the base's start token, where a prompt begins with it). Greedy decoding and sampling read a memory; beams, assisted and contrastive decoding are refused.
 `model.write(..., memory=memory)` goes on from a memory. Without `memory=` the model is {without}.
 '''
 

@@ -17,7 +17,7 @@ from typing import Iterator, NamedTuple
 
 import torch
 
-from decoding import Past, prefill, write_rows
+from decoding import Past, heard, prefill, write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
 from manifests import UserError
 from memory import SHARP
@@ -70,8 +70,10 @@ def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[l
             yield Asked(*prefill(model, whole, pad, session=session), session)
     elif mode in DROPPED:
         memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
-        with ttt.read(memory if mode == "ttt_strict" else memory.sharp(SHARP)) as session:
-            yield Asked(*prefill(model, [start + question for question in questions], pad, session=session), session)
+        memory = memory if mode == "ttt_strict" else memory.sharp(SHARP)
+        past = heard(model, [start] * len(questions), pad, ttt, memory) if start else None  # it stands before the question, not in it
+        with ttt.read(memory) as session:
+            yield Asked(*prefill(model, questions, pad, past, session), session)
     elif splits(mode, ttt):
         memory, past = write_rows(model, ttt, documents, pad)
         with ttt.read(memory) as session:

@@ -5,6 +5,7 @@ trust_remote_code=True)` gives the base's own class with WithMemory before it. W
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -82,12 +83,13 @@ class WithMemory:
         ids, mask = pad_left([head + tail_ids(tokenizer, lang, question) for question in questions], self._pad_id(), self.device)
         return {"input_ids": ids, "attention_mask": mask, "head_tokens": len(head)}
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *, memory: Memory | None = None, head_tokens: int = 0, **named):
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *, memory: Memory | None = None, head_tokens: int | None = None, **named):
         """The library's generate; with a memory of B rows its answers to k B prompts, k neighbouring prompts a row: greedy or by sampling.
 
         Prompts, [k B, L], are padded on the left, and several of them need an attention_mask. head_tokens: so many tokens of each prompt
-        stand before its question, which is looked for in the memory as if they were not there. ValueError for other padding, a prompt
-        that is all head, and options that do not go with a memory (NEUTRAL). The memory is read within this call alone.
+        stand before its question, which is looked for in the memory as if they were not there; None: the base's start token where a prompt
+        begins with it, and no other. ValueError for other padding, a prompt that is all head, and options that do not go with a memory
+        (NEUTRAL). The memory is read within this call alone.
         """
         if memory is None:
             return super().generate(inputs, generation_config, **named)
@@ -100,9 +102,11 @@ class WithMemory:
         mask_BL = real_tokens(ids_BL, named.pop("attention_mask", None))
         if (mask_BL[:, 1:] < mask_BL[:, :-1]).any() or not mask_BL[:, -1].all():
             raise ValueError("attention_mask: a prompt has pads behind a token; pad on the left (tokenizer.padding_side = 'left')")
-        if not 0 <= head_tokens < mask_BL.sum(1).min():
+        heads = lambda ids_BL, mask_BL: head_lengths(ids_BL, mask_BL, head_tokens, self.config.get_text_config().bos_token_id)
+        head_B = heads(ids_BL, mask_BL)
+        if (head_B < 0).any() or (head_B >= mask_BL.sum(1)).any():
             raise ValueError(f"head_tokens is {head_tokens}; the shortest prompt has {int(mask_BL.sum(1).min())} tokens, and a question needs one")
-        with self._adapter().read(memory) as reader, self._announced(reader, head_tokens):
+        with self._adapter().read(memory) as reader, self._announced(reader, heads):
             return super().generate(ids_BL, generation_config, attention_mask=mask_BL.long(), **named | {"cache_implementation": "dynamic"})
 
     def _pad_id(self) -> int:
@@ -114,14 +118,19 @@ class WithMemory:
         return self.ttt
 
     @contextmanager
-    def _announced(self, reader: Reader, head_tokens: int):
-        """Within it the reader hears of each forward's tokens before the forward runs; the first one brings the whole prompts."""
-        expect_first = [lambda mask_BL: expect_question(reader, mask_BL, head_tokens)]
+    def _announced(self, reader: Reader, heads: Callable):
+        """Within it the reader hears of each forward's tokens before the forward runs; the first one brings the whole prompts, of which
+        heads(ids, mask) says how many tokens stand before the question."""
+        whole = [True]
 
         def announce(module, arguments, named):
             ids_BL, mask_BT = named["input_ids"], named.get("attention_mask")  # the library drops a mask without pads
             mask_BL = torch.ones_like(ids_BL) if mask_BT is None else mask_BT[:, -ids_BL.shape[1]:]
-            (expect_first.pop() if expect_first else reader.expect)(mask_BL)
+            if whole:
+                whole.clear()
+                expect_question(reader, mask_BL, heads(ids_BL, mask_BL.bool()))
+            else:
+                reader.expect(mask_BL)
 
         hook = self.register_forward_pre_hook(announce, with_kwargs=True)
         try:
@@ -130,10 +139,18 @@ class WithMemory:
             hook.remove()
 
 
-def expect_question(reader: Reader, mask_BL: torch.Tensor, head_tokens: int) -> None:
+def head_lengths(ids_BL: torch.Tensor, mask_BL: torch.Tensor, head_tokens: int | None, start: int | None) -> torch.Tensor:
+    """How many tokens of each prompt stand before its question, [B]: head_tokens, or the base's start token where a prompt begins with it."""
+    first_B = ids_BL.gather(1, mask_BL.int().argmax(1, keepdim=True))[:, 0]
+    if head_tokens is not None:
+        return torch.full_like(first_B, head_tokens)
+    return torch.zeros_like(first_B) if start is None else (first_B == start).long()
+
+
+def expect_question(reader: Reader, mask_BL: torch.Tensor, head_B: torch.Tensor) -> None:
     """Announce whole prompts in one call as if head and question were read in a context each, which is how adapters are trained and measured."""
     place_BL, order_L = mask_BL.cumsum(1), torch.arange(mask_BL.shape[1], device=mask_BL.device)
-    asked_BL = mask_BL.bool() & (place_BL > head_tokens)
+    asked_BL = mask_BL.bool() & (place_BL > head_B[:, None])
     together_BLL = (asked_BL[:, :, None] == asked_BL[:, None, :]) & mask_BL[:, None, :].bool() & (order_L <= order_L[:, None])
     reader.expect(asked_BL, place_BL, together_BLL)  # only distances count
 

@@ -229,6 +229,21 @@ def test_the_head_is_read_in_a_context_of_its_own(case, opened, project):
     assert (case[1] == "plain") == torch.allclose(apart, whole, atol=1e-3)  # a plain arm's queries know nothing of each other
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_start_token_is_no_part_of_the_question(family, opened):
+    model, start = opened(family, "codes"), 256
+    memory, tails = model.write(*batch_of(TEXTS)), [[start] + TAILS[0], TAILS[1], [start] + TAILS[2]]
+    assert model.config.get_text_config().bos_token_id == start
+    first = lambda rows, **head: model.generate(**asked(rows, []), memory=memory, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True,
+                                                **head).logits[0]
+    left_out = first(tails)
+    for row, head in enumerate((1, 0, 1)):
+        torch.testing.assert_close(left_out[row], first(tails, head_tokens=head)[row], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(left_out[row], first(tails, head_tokens=1 - head)[row], atol=1e-3)
+    several = model.generate(**asked(tails, []), memory=memory, max_new_tokens=2, do_sample=True, num_return_sequences=2)
+    assert several.shape[0] == 2 * len(tails)
+
+
 def test_prompts_longer_than_a_sliding_window(opened, project):
     model, (loaded, ttt) = opened("tiny-gemma3", "codes"), project("tiny-gemma3", "codes")
     tails, texts = token_rows((600, 530), seed=4), token_rows((1300, 700), seed=5)

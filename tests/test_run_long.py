@@ -3,19 +3,22 @@ import json
 
 import pytest
 import torch
-from conftest import strengthen
+from conftest import strengthen, token_rows
 from test_run_experiment import manifest, save_fast_weights, save_lora, save_tiny
 
 import evaluate
 import long_figures
+import long_modes
 import report_long
 import run_long
-from decoding import greedy, prefill
+from decoding import greedy, prefill, write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
 from intervals import Bootstrap
 from long_tasks import make, write_items
 from model_utils import load_adapter, load_model, save_adapter
+from objectives import answer_logits
 from prompts import encode
+from training_data import Example, pack
 
 LENGTH = 1024
 
@@ -90,6 +93,24 @@ def test_paper_mode_writes_the_prompt_while_it_is_read_and_is_frozen_while_it_an
         with ttt.read(memory) as session:
             answer = greedy(loaded.model, loaded.tokenizer, logits, past, item.new_tokens, session, line=False)
     assert said(rows, "ttt_paper")[run_long.name_of(item)] == answer[0]
+
+
+@pytest.mark.parametrize("start", [[], [255]], ids=["no start", "start"])
+def test_a_question_about_a_dropped_text_is_read_as_in_training(start, family, attach, monkeypatch):
+    """A base's start token (Gemma has one) stands before the question and is no part of what its read stream looks back on."""
+    monkeypatch.setattr(long_modes, "start_ids", lambda tokenizer: start)
+    ttt = attach(family, layers=(1, 2), chunk=None, codes=True, write_attention=2, read_attention=2, deep=True, blind=True, target="both",
+                 unit_targets=True, gate=True, rule="ridge").requires_grad_(False)
+    *texts, first, second = token_rows([11, 7, 5, 9])
+    documents, questions, pad = [start + text for text in texts], [first, second], family.tokenizer.pad_token_id
+    packed = pack([Example([], start, [(question, [1])]) for question in questions], pad, "cpu")
+    with torch.no_grad():
+        memory = write_rows(family.model, ttt, documents, pad)[0]
+        with ttt.read(memory) as reader:
+            reader.expect(torch.ones_like(packed.ids), packed.position, packed.question)
+            trained = answer_logits(family, packed)
+        with long_modes.asked(family.model, family.tokenizer, ttt, "ttt_strict", documents, questions) as (logits, _, _):
+            torch.testing.assert_close(logits.float(), trained, atol=1e-4, rtol=1e-4)
 
 
 def test_a_tuned_reader_is_a_mode_of_its_own(long_run, adapter, model, tmp_path):
