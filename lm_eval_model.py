@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from decoding import SEGMENT, check_window, forward_all, greedy, pad_left
 from halving import Items, in_halves
-from long_modes import MODES, asked, check_mode, splits
+from long_modes import FOREIGN, MODES, asked, check_mode, splits
 from long_tasks import tokenizer_folder
 from manifests import UserError, current_commit, run_script
 from model_utils import find_row, load_adapter, load_model, pick_device
@@ -75,8 +75,8 @@ class ModeModel:
         for name in unknown:
             raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, mode, question_at, dtype")
         mode = mode or ("in_context" if adapter is None else None)
-        if mode not in MODES:
-            raise UserError(f"--model_args mode={mode}: use one of {', '.join(MODES)}")
+        if mode not in MODES or mode == FOREIGN:
+            raise UserError(f"--model_args mode={mode}: use one of {', '.join(one for one in MODES if one != FOREIGN)}")
         if mode != "in_context" and adapter is None:
             raise UserError(f"--model_args mode={mode}: needs adapter=FOLDER")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:

@@ -13,8 +13,8 @@ from run_long import MODES, TUNED
 
 ALL, RETRIEVAL = "mean over tasks", "mean over retrieval"
 ORDER = (MODES[0], TUNED, *MODES[1:])
-STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"},
-           "ttt_sharp": {"linestyle": ":", "markerfacecolor": "white"}}
+STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_foreign": {"linestyle": "-.", "markerfacecolor": "white"},
+           "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}, "ttt_sharp": {"linestyle": ":", "markerfacecolor": "white"}}
 KINDS = {"chunks": "arms that write chunk by chunk", "whole": "arms that write a whole text, and readers"}
 
 

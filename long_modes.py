@@ -2,6 +2,7 @@
 
     in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
     ttt_empty    the same prompt, read with an empty memory: what a W_down that was trained too changes by itself
+    ttt_foreign  the same prompt, read with what another text of the task left in the memory: what a memory changes by being there, whatever it holds
     ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
                  chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
                  reads the question with that memory: it has nothing to read back before its text ends
@@ -23,7 +24,8 @@ from manifests import UserError
 from memory import SHARP
 from prompts import start_ids
 
-MODES = ("in_context", "ttt_empty", "ttt_paper", "ttt_strict", "ttt_sharp")
+MODES = ("in_context", "ttt_empty", "ttt_foreign", "ttt_paper", "ttt_strict", "ttt_sharp")
+FOREIGN = "ttt_foreign"                            # which needs to be given other documents
 DROPPED = ("ttt_strict", "ttt_sharp")              # in which the question stands alone
 USUAL = ("in_context", "ttt_paper", "ttt_strict")  # of any arm; ttt_empty is for arms of --w-down
 
@@ -53,13 +55,15 @@ def writes_as_it_reads(config: TTTConfig) -> bool:
 
 def splits(mode: str, ttt: InPlaceTTT | None) -> bool:
     """Whether the mode needs to know where the document ends and the question begins."""
-    return mode in DROPPED or (mode == "ttt_paper" and not writes_as_it_reads(ttt.config))
+    return mode in DROPPED or (mode in (FOREIGN, "ttt_paper") and not writes_as_it_reads(ttt.config))
 
 
 @contextlib.contextmanager
-def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[list[int]], questions: list[list[int]]) -> Iterator[Asked]:
+def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[list[int]], questions: list[list[int]],
+          others: list[list[int]] | None = None) -> Iterator[Asked]:
     """Ask each question (token rows without a start) about its document (token rows with the start, prompts.written_ids), in the mode; what the
-    answer needs is there inside of the context. A question may be empty where the mode does not split."""
+    answer needs is there inside of the context. A question may be empty where the mode does not split. others: for ttt_foreign, the documents that are
+    written in place of a question's own."""
     start, pad = start_ids(tokenizer), tokenizer.pad_token_id
     whole = [document + question for document, question in zip(documents, questions)]
     if mode == "in_context":
@@ -68,6 +72,11 @@ def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[l
         empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
         with ttt.read(empty) as session:
             yield Asked(*prefill(model, whole, pad, session=session), session)
+    elif mode == FOREIGN:
+        memory, _ = write_rows(model, ttt, others, pad, dropped=True)
+        past = prefill(model, documents, pad)[1] if splits(mode, ttt) else None
+        with ttt.read(memory) as session:
+            yield Asked(*prefill(model, questions if past else whole, pad, past, session), session)
     elif mode in DROPPED:
         memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
         memory = memory if mode == "ttt_strict" else memory.sharp(SHARP)

@@ -74,7 +74,7 @@ class Arm:
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
     long: str | None = None       # modes in which run_long.py asks long texts
     far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
-    clips: tuple[tuple[str, str], ...] = ()  # (limit of a chunk, items) under which SHORT texts are asked once more, in ttt_paper
+    clips: tuple[tuple[str, str], ...] = ()  # (limit of a chunk, items) under which SHORT texts are asked once more, with their own memory and with another's
     count: str = FEW              # items of each task and SHORT length; of a far one FEW
     sharp: bool = False           # whether SHORT texts are asked once more, FEW items of each, with the memory read slot by slot
     tuned: bool = False           # a LoRA that reads in context
@@ -187,7 +187,7 @@ def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
     return [(folder, row.long, ("--lengths", SHORT, "--count", row.count)),
             *((folder.with_name(f"{row.name}-at-{length}"), row.long, ("--lengths", length, *few)) for length in row.far),
             *[(folder.with_name(f"{row.name}-sharp"), "ttt_sharp", ("--lengths", SHORT, *few))] * row.sharp,
-            *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_paper", ("--clip", clip, "--lengths", SHORT, "--count", count)) for clip, count in row.clips)]
+            *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_foreign,ttt_paper", ("--clip", clip, "--lengths", SHORT, "--count", count)) for clip, count in row.clips)]
 
 
 def answered(folder: Path, field: str, wanted: str) -> bool:

@@ -2,7 +2,7 @@
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
-The modes: in_context, ttt_empty, ttt_paper, ttt_strict and ttt_sharp (long_modes.py); with --tuned-adapter in_context_tuned, in_context by the base with a LoRA that learned
+The modes: in_context, ttt_empty, ttt_foreign, ttt_paper, ttt_strict and ttt_sharp (long_modes.py); with --tuned-adapter in_context_tuned, in_context by the base with a LoRA that learned
 to read such texts, which is what an untrained reader is to be held against. Document and question are the same tokens in every mode (long_items.py). Items are
 made here, the same for the same tokenizer and seed (a profile's in a minute or two), so that no file of them has to travel. Rows go to OUT/predictions.jsonl as
 they come, OUT/run.json holds what is needed to repeat the run; --resume goes on. A length that the model's window does not hold is left out, and
@@ -25,7 +25,7 @@ from decoding import greedy
 from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
-from long_modes import MODES, USUAL, asked, check_mode
+from long_modes import FOREIGN, MODES, USUAL, asked, check_mode
 from manifests import UserError, provenance, run_script, utc
 from model_utils import Loaded, clip, find_row, load_adapter, load_lora, load_model, pick_device, tuned_manifest
 from parallel import Group
@@ -76,9 +76,24 @@ def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
     return jobs
 
 
+def other_texts(items: list[Item]) -> dict[str, str]:
+    """{item's name: the document of the next item of its task and length that is about another text}. UserError where all are about one."""
+    kinds, others = {}, {}
+    for item in items:
+        kinds.setdefault((item.task, item.length), []).append(item)
+    for (task, length), alike in kinds.items():
+        for place, item in enumerate(alike):
+            other = next((one.document for one in (*alike[place:], *alike) if one.document != item.document), None)
+            if other is None:
+                raise UserError(f"--modes {FOREIGN}: {task} at {length} tokens has one text alone; ask more of it (--count), or leave the mode out")
+            others[name_of(item)] = other
+    return others
+
+
 @torch.inference_mode()
-def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
-    """Run one job; one row an item. seconds: of the job, shared evenly; peak_gb: of the job, above what lay on the device before."""
+def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, others: dict[str, str]) -> list[dict]:
+    """Run one job; one row an item. others: other_texts, for ttt_foreign. seconds: of the job, shared evenly; peak_gb: of the job, above what lay on the
+    device before."""
     model, tokenizer, cuda = loaded.model, loaded.tokenizer, loaded.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -87,7 +102,8 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job) -> list[dict]:
     begun = time.perf_counter()
     documents = [written_ids(tokenizer, item.document) for item in job.items]
     questions = [encode(tokenizer, item.question) for item in job.items]
-    with asked(model, tokenizer, ttt, "in_context" if job.mode == TUNED else job.mode, documents, questions) as (logits, past, session):
+    foreign = [written_ids(tokenizer, others[name_of(item)]) for item in job.items] if job.mode == FOREIGN else None
+    with asked(model, tokenizer, ttt, "in_context" if job.mode == TUNED else job.mode, documents, questions, foreign) as (logits, past, session):
         said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
     if cuda:
         torch.cuda.synchronize()
@@ -181,6 +197,7 @@ def main() -> None:
     for mode in (mode for mode in arguments.modes if mode != TUNED):
         check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)
+    others = other_texts(items) if FOREIGN in arguments.modes else {}
     for line in left_out:
         print(f"left out: {line}")
     arm = manifest.get("arm", f"{row.name}-base")
@@ -201,14 +218,14 @@ def main() -> None:
         jobs = plan(items, arguments.modes, done, arguments.batch_tokens)
         kinds = Counter((item.task, item.length) for item in items)
         request = {"modes": arguments.modes, "tasks": sorted({task for task, _ in kinds}), "lengths": sorted({length for _, length in kinds}), "count": max(kinds.values())}
-        rows = ask_into(out, report, request, earlier, len(done), started, lambda rows_file: ask(loaded, ttt, jobs, rows_file), Group())
+        rows = ask_into(out, report, request, earlier, len(done), started, lambda rows_file: ask(loaded, ttt, jobs, others, rows_file), Group())
     print(f"{rows} rows in {out}; next: python report_long.py {out}")
 
 
-def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], rows_file: Rows) -> None:
+def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], others: dict[str, str], rows_file: Rows) -> None:
     """All jobs."""
     with rows_file, tqdm(total=sum(item.length for job in jobs for item in job.items), unit="tok", unit_scale=True, desc="asking") as bar:
-        for job, rows in in_halves(jobs, lambda job: answer(loaded, ttt, job), bar):
+        for job, rows in in_halves(jobs, lambda job: answer(loaded, ttt, job, others), bar):
             rows_file.add(rows)
             bar.update(sum(item.length for item in job.items))
 

@@ -173,7 +173,7 @@ def test_what_is_no_greedy_answer_is_refused(arm, settings, words):
 
 
 @pytest.mark.parametrize("more, words", [
-    ({"mode": "magic"}, "mode=magic"), ({"mode": "ttt_strict"}, "needs adapter"), ({"adapter": "x"}, "mode=None"), ({"pretrained": "x"}, "pretrained"),
+    ({"mode": "magic"}, "mode=magic"), ({"mode": "ttt_foreign", "adapter": "x"}, "mode=ttt_foreign"), ({"mode": "ttt_strict"}, "needs adapter"), ({"adapter": "x"}, "mode=None"), ({"pretrained": "x"}, "pretrained"),
     ({"batch_size": "auto"}, "--batch_size auto"), ({"dtype": "int8"}, "dtype=int8"), ({"device": "mps"}, "--device mps"), ({"model": "nothing"}, "nothing")])
 def test_bad_arguments(more, words):
     with pytest.raises(UserError, match=words) as error:

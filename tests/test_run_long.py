@@ -14,6 +14,7 @@ import run_long
 from decoding import greedy, prefill, write_rows
 from in_place_ttt import InPlaceTTT, TTTConfig
 from intervals import Bootstrap
+from long_ruler import QUERIES
 from long_tasks import make, write_items
 from model_utils import load_adapter, load_model, save_adapter
 from objectives import answer_logits
@@ -137,6 +138,29 @@ def test_a_dropped_text_can_be_read_slot_by_slot_where_slots_were_solved_for(lon
     assert report_long.main([str(tmp_path / "r"), "--out", str(tmp_path / "report")]) == 0
     code, _, err, _ = long_run("--adapter", adapter, "--modes", "ttt_sharp", out="sum")
     assert code == 2 and "--modes ttt_sharp: test has no slots that were solved for" in err
+
+
+@pytest.mark.parametrize("chunk", [64, None], ids=["chunks", "whole"])
+def test_a_prompt_can_be_read_with_what_another_text_left(chunk, long_run, adapter, model, tmp_path):
+    arm = adapter if chunk else save_fast_weights(tmp_path / "whole", model, chunk=None)
+    count = QUERIES + 1  # of two texts
+    code, _, err, rows = long_run("--adapter", arm, "--modes", "ttt_foreign", "--count", count)
+    assert code == 0, err
+    loaded = load_model(model)
+    ttt, _ = load_adapter(arm, loaded)
+    items, pad = make("mqar", loaded.tokenizer, LENGTH, count, 0), loaded.tokenizer.pad_token_id
+    assert items[0].document == items[QUERIES - 1].document != items[QUERIES].document
+    for item, other in ((items[0], items[QUERIES]), (items[1], items[QUERIES]), (items[QUERIES], items[0])):
+        document, question, foreign = (encode(loaded.tokenizer, text) for text in (item.document, item.question, other.document))
+        with torch.inference_mode():
+            memory, _ = write_rows(loaded.model, ttt, [foreign], pad)
+            past = None if chunk else prefill(loaded.model, [document], pad)[1]  # an arm of whole texts reads its own as the base alone does
+            with ttt.read(memory) as session:
+                logits, past = prefill(loaded.model, [document + question if chunk else question], pad, past, session)
+                answer = greedy(loaded.model, loaded.tokenizer, logits, past, item.new_tokens, session, line=False)
+        assert said(rows, "ttt_foreign")[run_long.name_of(item)] == answer[0]
+    code, _, err, _ = long_run("--adapter", arm, "--modes", "ttt_foreign", out="one")
+    assert code == 2 and "--modes ttt_foreign: mqar at 1024 tokens has one text alone" in err and not (tmp_path / "one").exists()
 
 
 def test_an_answer_does_not_depend_on_its_batch(long_run, adapter):

@@ -432,7 +432,7 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
         for (clip, count), again in zip(row.clips, clipped):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
-            assert asked.clip == float(clip) and asked.count == int(count) and asked.modes == ["ttt_paper"] and asked.out.endswith(f"{row.name}-clip-{clip}")
+            assert asked.clip == float(clip) and asked.count == int(count) and asked.modes == ["ttt_foreign", "ttt_paper"] and asked.out.endswith(f"{row.name}-clip-{clip}")
     arguments = types.SimpleNamespace(only=["smollm2-study"], out=tmp_path)
     folder = tmp_path / "results/long"
     assert reproduce.what_next(arguments) == f"python report_long.py {folder / 'smollm2-study'} {folder / 'smollm2-study-clip-0.001'} --out {folder}"
