@@ -65,7 +65,7 @@ def asked_for(settings=None, documents=DOCUMENTS):
 def test_an_answer_is_the_one_of_run_long(arm, name):
     lm = arm(name, batch_size=2)
     items = [Item("niah_small", 1024, document, QUESTION, ("71",), "string_match_all", NEW, 0, 0, i) for i, document in enumerate(DOCUMENTS)]
-    rows = run_long.answer(lm.loaded, lm.ttt, run_long.Job(items, ARMS[name][0]))
+    rows = run_long.answer(lm.loaded, lm.ttt, run_long.Job(items, ARMS[name][0]), {})
     assert [said.strip() for said in lm.generate_until(asked_for())] == [row["prediction"] for row in rows]
 
 
