@@ -98,13 +98,19 @@ def named(arm: dict) -> str:
 
 
 def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
-    """The lines of a figure: {label: (how it is drawn, cells in order of length)}: an arm's colour, a mode's stroke; in_context is one line, however many arms share it."""
+    """The lines of a figure: {label: (how it is drawn, cells in order of length)}: an arm's colour, a mode's stroke, a cross where it is clipped; in_context is one
+    line, however many arms share it, of the most items."""
     lines: dict[str, tuple[dict, dict]] = {}
-    number = -1
+    numbers: dict[tuple, int] = {}  # of the arms that are asked more than in_context
     for arm in arms:
-        number += any(cell["mode"] != "in_context" for cell in arm["cells"])
         for cell in sorted(arm["cells"], key=lambda cell: ORDER.index(cell["mode"])):
             base = cell["mode"] == "in_context"
-            look = {"color": "black", "marker": "."} if base else {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
-            lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1].setdefault((cell["task"], cell["length"]), cell)
+            if base:
+                look = {"color": "black", "marker": "."}
+            else:
+                number = numbers.setdefault((arm["arm"], arm["seed"]), len(numbers))
+                look = {"color": plots.COLORS[number % 6], "marker": "x" if arm["clip"] else plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
+            drawn = lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1]
+            place = cell["task"], cell["length"]
+            drawn[place] = max(drawn.get(place, cell), cell, key=lambda cell: cell["n"])
     return {label: (look, sorted(cells.values(), key=lambda cell: cell["length"])) for label, (look, cells) in lines.items()}

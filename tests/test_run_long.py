@@ -378,6 +378,18 @@ def test_each_kind_of_arm_has_figures_of_its_own_and_a_base_stands_in_all(tmp_pa
     assert list(long_figures.lines_of(arms[:2])) == ["in_context", "chunks, ttt_paper"]
 
 
+def test_lines_of_a_figure_are_told_apart_and_a_clipped_arm_has_its_own_colour(tmp_path):
+    arm = lambda name, clip=None, modes=("ttt_paper", "ttt_strict"): {"arm": name, "seed": 0, "clip": clip, "cells": [
+        {"mode": mode, "task": "a", "length": 1024, "n": 100 if name == "c" else 20} for mode in ("in_context", *modes)]}
+    arms = [one for name in "abcdef" for one in (arm(name), arm(name, 0.001, ("ttt_foreign", "ttt_paper")))]
+    lines = long_figures.lines_of(arms)
+    looks = {label: look for label, (look, _) in lines.items()}
+    assert [cell["n"] for cell in lines["in_context"][1]] == [100]
+    assert len({str(sorted(look.items())) for look in looks.values()}) == len(looks) == 1 + 6 * 4
+    assert len({look["color"] for look in looks.values()}) == 1 + 6
+    assert looks["c clipped to 0.001, ttt_paper"] == looks["c, ttt_paper"] | {"marker": "x"}
+
+
 def test_of_an_unfinished_run_the_whole_lengths_are_scored_when_asked_for(tmp_path, capsys):
     half = fake_run(tmp_path / "u", {"in_context": {("a", 1024): [1.0, 0.0], ("b", 1024): [1.0, 1.0], ("a", 2048): [1.0, 1.0], ("b", 2048): [1.0]}}, complete=False)
     run = json.loads((half / "run.json").read_text(encoding="utf-8"))
