@@ -27,6 +27,7 @@ from adapter_checks import read_config
 from manifests import UserError, current_commit, read_manifest, run_script, write_json
 from memory_model import ADAPTER
 from model_utils import Loaded, check_base, load_adapter, load_lora, load_model
+from prompts import start_ids
 
 HERE = Path(__file__).parent
 LICENCES = {"Apache-2.0": "apache-2.0", "Gemma terms": "gemma"}  # the table's words -> the Hub's names; "other" for the rest
@@ -84,7 +85,7 @@ print(tokenizer.batch_decode(tokens[:, asked["input_ids"].shape[1]:], skip_speci
 ```
 
 `model.prompt` gives the form that the adapter was trained on; for prompts of another form say with `head_tokens` how many of a prompt's
-tokens stand before its question (left out: the base's start token, where a prompt begins with it). Greedy decoding and sampling read a memory; beams, assisted and contrastive decoding are refused.
+tokens stand before its question (left out: a start token, if the tokenizer puts one before every text). Greedy decoding and sampling read a memory; beams, assisted and contrastive decoding are refused.
 `model.write(..., memory=memory)` goes on from a memory. Without `memory=` the model is {without}.
 '''
 
@@ -159,7 +160,7 @@ def write_merged(folder: Path, loaded: Loaded, lora, adapter, manifest: dict) ->
     model.to(narrowest_dtype(model)).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", config | {"ttt": manifest["ttt"], "auto_map": {"AutoModelForCausalLM": f"modeling.{base}WithMemory"}})
+    write_json(folder / "config.json", config | {"ttt": manifest["ttt"], "start_ids": start_ids(loaded.tokenizer), "auto_map": {"AutoModelForCausalLM": f"modeling.{base}WithMemory"}})
     shutil.copy(Path(adapter) / ADAPTER, folder / ADAPTER)
     write_json(folder / "training.json", manifest)  # not manifest.json: this folder is a model, not an adapter of one
     (folder / "modeling.py").write_text(MODELLING.format(base=base), encoding="utf-8")

@@ -30,7 +30,8 @@ NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "guidance_s
 
 
 class WithMemory:
-    """Stands before a causal LM's class: `class LlamaWithMemory(WithMemory, LlamaForCausalLM)`. `config.ttt` holds the settings of the fast weights."""
+    """Stands before a causal LM's class: `class LlamaWithMemory(WithMemory, LlamaForCausalLM)`. `config.ttt` holds the settings of the fast weights,
+    `config.start_ids` what the tokenizer puts before every text (prompts.py)."""
 
     def __init__(self, config, *arguments, **named):
         super().__init__(config, *arguments, **named)
@@ -87,8 +88,8 @@ class WithMemory:
         """The library's generate; with a memory of B rows its answers to k B prompts, k neighbouring prompts a row: greedy or by sampling.
 
         Prompts, [k B, L], are padded on the left, and several of them need an attention_mask. head_tokens: so many tokens of each prompt
-        stand before its question, which is looked for in the memory as if they were not there; None: the base's start token where a prompt
-        begins with it, and no other. ValueError for other padding, a prompt that is all head, and options that do not go with a memory
+        stand before its question, which is looked for in the memory as if they were not there; None: the start token, of a base whose
+        tokenizer begins every text with one (Gemma's) and where a prompt has it, and no other. ValueError for other padding, a prompt that is all head, and options that do not go with a memory
         (NEUTRAL). The memory is read within this call alone.
         """
         if memory is None:
@@ -102,7 +103,7 @@ class WithMemory:
         mask_BL = real_tokens(ids_BL, named.pop("attention_mask", None))
         if (mask_BL[:, 1:] < mask_BL[:, :-1]).any() or not mask_BL[:, -1].all():
             raise ValueError("attention_mask: a prompt has pads behind a token; pad on the left (tokenizer.padding_side = 'left')")
-        heads = lambda ids_BL, mask_BL: head_lengths(ids_BL, mask_BL, head_tokens, self.config.get_text_config().bos_token_id)
+        heads = lambda ids_BL, mask_BL: head_lengths(ids_BL, mask_BL, head_tokens, self.config.start_ids)
         head_B = heads(ids_BL, mask_BL)
         if (head_B < 0).any() or (head_B >= mask_BL.sum(1)).any():
             raise ValueError(f"head_tokens is {head_tokens}; the shortest prompt has {int(mask_BL.sum(1).min())} tokens, and a question needs one")
@@ -139,12 +140,12 @@ class WithMemory:
             hook.remove()
 
 
-def head_lengths(ids_BL: torch.Tensor, mask_BL: torch.Tensor, head_tokens: int | None, start: int | None) -> torch.Tensor:
-    """How many tokens of each prompt stand before its question, [B]: head_tokens, or the base's start token where a prompt begins with it."""
+def head_lengths(ids_BL: torch.Tensor, mask_BL: torch.Tensor, head_tokens: int | None, start_ids: list[int]) -> torch.Tensor:
+    """How many tokens of each prompt stand before its question, [B]: head_tokens; None: a start token that it begins with. start_ids: of one token or none."""
     first_B = ids_BL.gather(1, mask_BL.int().argmax(1, keepdim=True))[:, 0]
     if head_tokens is not None:
         return torch.full_like(first_B, head_tokens)
-    return torch.zeros_like(first_B) if start is None else (first_B == start).long()
+    return torch.isin(first_B, first_B.new_tensor(start_ids)).long()
 
 
 def expect_question(reader: Reader, mask_BL: torch.Tensor, head_B: torch.Tensor) -> None:

@@ -88,13 +88,13 @@ class Arm:
         return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
 
 
-def study(base: str, rows: int, model=(), chunks=(), far: tuple[str, ...] = ()) -> list[Arm]:
+def study(base: str, rows: int, model=(), far: tuple[str, ...] = ()) -> list[Arm]:
     """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, on the bank's conversations joined and on
-    documentation, W_down trained along, our objective on the same mechanism, and documentation with these chunks, in rows of twice the length. far: lengths beyond
+    documentation, W_down trained along, our objective on the same mechanism, and documentation with other chunks, in rows of twice the length. far: lengths beyond
     SHORT that the arm of documentation is asked. What it writes is clipped, too, in other runs."""
     arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
-    sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in chunks}
+    sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in (512, 2048)}
     clips = {"study": CLIPS[:1], "study-docs": CLIPS, "study-docs-wdown": (("0.001", FEW),)}
     return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far if name == "study-docs" else (),
                 clips=clips.get(name, ())) for name, how in sized.items()]
@@ -134,7 +134,7 @@ ARMS = {row.name: row for row in (
     *joint("smollm2-joint", {0: "smollm2-deep", 1: "smollm2-deep", 2: "smollm2-deep-seed2"}),  # seed 1's adapter is not kept
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
-    *study("smollm2", 8, chunks=(512, 2048)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
+    *study("smollm2", 8), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
     *longer("smollm2-deep", "smollm2-tuned", again=((2, "smollm2-deep-seed2"),)), *longer("qwen-deep", "qwen-tuned", QWEN, far=FAR),
     *longer("gemma3-deep", "gemma3-tuned", GEMMA, far=FAR),
     *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far, count=FULL) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
