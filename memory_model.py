@@ -89,8 +89,8 @@ class WithMemory:
 
         Prompts, [k B, L], are padded on the left, and several of them need an attention_mask. head_tokens: so many tokens of each prompt
         stand before its question, which is looked for in the memory as if they were not there; None: the start token, of a base whose
-        tokenizer begins every text with one (Gemma's) and where a prompt has it, and no other. ValueError for other padding, a prompt that is all head, and options that do not go with a memory
-        (NEUTRAL). The memory is read within this call alone.
+        tokenizer begins every text with one (Gemma's) and where a prompt has it, and no other. ValueError for other padding, a prompt that is
+        all head, and options that do not go with a memory (NEUTRAL). The memory is read within this call alone.
         """
         if memory is None:
             return super().generate(inputs, generation_config, **named)
