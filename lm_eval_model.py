@@ -75,8 +75,9 @@ class ModeModel:
         for name in unknown:
             raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, mode, question_at, dtype")
         mode = mode or ("in_context" if adapter is None else None)
-        if mode not in MODES or mode == FOREIGN:
-            raise UserError(f"--model_args mode={mode}: use one of {', '.join(one for one in MODES if one != FOREIGN)}")
+        modes = [one for one in MODES if one != FOREIGN]  # lm-eval's prompts come one by one
+        if mode not in modes:
+            raise UserError(f"--model_args mode={mode}: use one of {', '.join(modes)}")
         if mode != "in_context" and adapter is None:
             raise UserError(f"--model_args mode={mode}: needs adapter=FOLDER")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:

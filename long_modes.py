@@ -68,27 +68,24 @@ def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[l
     whole = [document + question for document, question in zip(documents, questions)]
     if mode == "in_context":
         yield Asked(*prefill(model, whole, pad), None)
-    elif mode == "ttt_empty":
-        empty = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
-        with ttt.read(empty) as session:
-            yield Asked(*prefill(model, whole, pad, session=session), session)
-    elif mode == FOREIGN:
-        memory, _ = write_rows(model, ttt, others, pad, dropped=True)
-        past = prefill(model, documents, pad)[1] if splits(mode, ttt) else None
-        with ttt.read(memory) as session:
-            yield Asked(*prefill(model, questions if past else whole, pad, past, session), session)
-    elif mode in DROPPED:
-        memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
-        memory = memory if mode == "ttt_strict" else memory.sharp(SHARP)
-        past = heard(model, [start] * len(questions), pad, ttt, memory) if start else None  # it stands before the question, not in it
-        with ttt.read(memory) as session:
-            yield Asked(*prefill(model, questions, pad, past, session), session)
-    elif splits(mode, ttt):
-        memory, past = write_rows(model, ttt, documents, pad)
-        with ttt.read(memory) as session:
-            yield Asked(*prefill(model, questions, pad, past, session), session)
-    else:
+        return
+    if mode == "ttt_paper" and not splits(mode, ttt):
         with ttt.write() as writer:
             logits_BV, past = prefill(model, whole, pad, session=writer)
         with ttt.read(writer.memory()) as session:
             yield Asked(logits_BV, past, session)
+        return
+    past, rows = None, questions if splits(mode, ttt) else whole
+    if mode == "ttt_empty":
+        memory = write_rows(model, ttt, [row[:1] for row in whole], pad, dropped=True)[0].scale(0.0)
+    elif mode == FOREIGN:
+        memory, _ = write_rows(model, ttt, others, pad, dropped=True)
+        past = heard(model, documents, pad) if splits(mode, ttt) else None
+    elif mode == "ttt_paper":
+        memory, past = write_rows(model, ttt, documents, pad)
+    else:
+        memory, _ = write_rows(model, ttt, documents, pad, dropped=True)
+        memory = memory if mode == "ttt_strict" else memory.sharp(SHARP)
+        past = heard(model, [start] * len(questions), pad, ttt, memory) if start else None  # it stands before the question, not in it
+    with ttt.read(memory) as session:
+        yield Asked(*prefill(model, rows, pad, past, session), session)

@@ -5,7 +5,6 @@ trust_remote_code=True)` gives the base's own class with WithMemory before it. W
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -103,11 +102,10 @@ class WithMemory:
         mask_BL = real_tokens(ids_BL, named.pop("attention_mask", None))
         if (mask_BL[:, 1:] < mask_BL[:, :-1]).any() or not mask_BL[:, -1].all():
             raise ValueError("attention_mask: a prompt has pads behind a token; pad on the left (tokenizer.padding_side = 'left')")
-        heads = lambda ids_BL, mask_BL: head_lengths(ids_BL, mask_BL, head_tokens, self.config.start_ids)
-        head_B = heads(ids_BL, mask_BL)
+        head_B = head_lengths(ids_BL, mask_BL, head_tokens, self.config.start_ids)
         if (head_B < 0).any() or (head_B >= mask_BL.sum(1)).any():
             raise ValueError(f"head_tokens is {head_tokens}; the shortest prompt has {int(mask_BL.sum(1).min())} tokens, and a question needs one")
-        with self._adapter().read(memory) as reader, self._announced(reader, heads):
+        with self._adapter().read(memory) as reader, self._announced(reader, head_B):
             return super().generate(ids_BL, generation_config, attention_mask=mask_BL.long(), **named | {"cache_implementation": "dynamic"})
 
     def _pad_id(self) -> int:
@@ -119,19 +117,15 @@ class WithMemory:
         return self.ttt
 
     @contextmanager
-    def _announced(self, reader: Reader, heads: Callable):
-        """Within it the reader hears of each forward's tokens before the forward runs; the first one brings the whole prompts, of which
-        heads(ids, mask) says how many tokens stand before the question."""
-        whole = [True]
+    def _announced(self, reader: Reader, head_B: torch.Tensor):
+        """Within it the reader hears of each forward's tokens before the forward runs; the first one brings the whole prompts, each as often as
+        answers to it are wanted (num_return_sequences)."""
+        expect_first = [lambda mask_BL: expect_question(reader, mask_BL, head_B.repeat_interleave(len(mask_BL) // len(head_B)))]
 
         def announce(module, arguments, named):
             ids_BL, mask_BT = named["input_ids"], named.get("attention_mask")  # the library drops a mask without pads
             mask_BL = torch.ones_like(ids_BL) if mask_BT is None else mask_BT[:, -ids_BL.shape[1]:]
-            if whole:
-                whole.clear()
-                expect_question(reader, mask_BL, heads(ids_BL, mask_BL.bool()))
-            else:
-                reader.expect(mask_BL)
+            (expect_first.pop() if expect_first else reader.expect)(mask_BL)
 
         hook = self.register_forward_pre_hook(announce, with_kwargs=True)
         try:
