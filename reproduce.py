@@ -72,11 +72,11 @@ class Arm:
     seed: int = 0
     start: str | None = None
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
-    long: str | None = None       # modes in which run_long.py asks long texts
+    long: str = ""                # modes in which run_long.py asks long texts
     far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
     clips: tuple[tuple[str, str], ...] = ()  # (limit of a chunk, items) under which SHORT texts are asked once more, with their own memory and with another's
     count: str = FEW              # items of each task and SHORT length; of a far one FEW
-    sharp: bool = False           # whether SHORT texts are asked once more, FEW items of each, with the memory read slot by slot
+    controls: bool = False        # whether SHORT texts are asked once more, FEW items of each, with the memory read slot by slot and with another text's
     tuned: bool = False           # a LoRA that reads in context
 
     @property
@@ -88,16 +88,16 @@ class Arm:
         return f"checkpoints/seed{self.seed}/{self.arm}" if self.seed else f"checkpoints/{self.arm}"
 
 
-def study(base: str, rows: int, model=(), far: tuple[str, ...] = ()) -> list[Arm]:
+def study(base: str, rows: int, model=(), far: tuple[str, ...] = (), again: tuple[int, ...] = ()) -> list[Arm]:
     """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, on the bank's conversations joined and on
     documentation, W_down trained along, our objective on the same mechanism, and documentation with other chunks, in rows of twice the length. far: lengths beyond
-    SHORT that the arm of documentation is asked. What it writes is clipped, too, in other runs."""
+    SHORT that the arm of documentation is asked; again: further seeds of the arm of conversations, asked clipped. What is written is clipped, too, in other runs."""
     arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in (512, 2048)}
     clips = {"study": CLIPS[:1], "study-docs": CLIPS, "study-docs-wdown": (("0.001", FEW),)}
     return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far if name == "study-docs" else (),
-                clips=clips.get(name, ())) for name, how in sized.items()]
+                clips=clips.get(name, ())) for name, how in sized.items()] + [Arm(f"{base}-study", (), (*STUDY, *sized["study"]), model, seed, clips=clips["study"]) for seed in again]
 
 
 def longer(of: str, tuned: str, model=(), far: tuple[str, ...] = (), again: tuple[tuple[int, str], ...] = ()) -> list[Arm]:
@@ -107,10 +107,10 @@ def longer(of: str, tuned: str, model=(), far: tuple[str, ...] = (), again: tupl
     every, needles = ("--workers", "6", "--save-every", "100", "--warmup", "20"), ("--updates", "400", "--data", "needles")
     how, recall = (*every, "--conversations", "8", *LONG_ROWS), ("--lr", "0.0005", "--groups", "1")
     return [Arm(f"{of}-long", (), (*how, *recall, "--updates", "200"), model, start=of, long="ttt_paper,ttt_strict"),
-            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict", far=far, count=FULL, sharp=True)
+            *(Arm(f"{of}-needles", (), (*how, *recall, *needles), model, seed, start=start, long="ttt_paper,ttt_strict", far=far, count=FULL, controls=True)
               for seed, start in ((0, of), *again)),
             Arm(f"{of}-needles-4096", (), (*every, "--conversations", "4", "--length", "4096", *recall, *needles), model, start=f"{of}-needles",
-                long="ttt_paper,ttt_strict", far=far, sharp=True),
+                long="ttt_paper,ttt_strict", far=far, controls=True),
             Arm(f"{tuned}-needles", (), (*how, "--objective", "context", "--lr", "0.000125", *needles), model, start=tuned, long="in_context_tuned", far=far, count=FULL, tuned=True)]
 
 
@@ -134,7 +134,7 @@ ARMS = {row.name: row for row in (
     *joint("smollm2-joint", {0: "smollm2-deep", 1: "smollm2-deep", 2: "smollm2-deep-seed2"}),  # seed 1's adapter is not kept
     *joint("qwen-joint", {0: "qwen-deep", 1: "qwen-deep-seed1", 2: "qwen-deep-seed2"}, QWEN),
     Arm("smollm2-lm", (Ask("{}", "B_memory,B_swapped,N_noise,D_distractor"),), (*TRAIN, "--objective", "lm")),
-    *study("smollm2", 8), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR),
+    *study("smollm2", 8, again=(1, 2)), *study("qwen", 8, QWEN, far=FAR), *study("gemma3", 4, GEMMA, far=FAR, again=(1, 2)),
     *longer("smollm2-deep", "smollm2-tuned", again=((2, "smollm2-deep-seed2"),)), *longer("qwen-deep", "qwen-tuned", QWEN, far=FAR),
     *longer("gemma3-deep", "gemma3-tuned", GEMMA, far=FAR),
     *(Arm(f"{model[1]}-base", BASE, model=model, long="in_context", far=far, count=FULL) for model, far in ((SMOLLM2, ()), (QWEN, FAR), (GEMMA, FAR))))}
@@ -181,13 +181,13 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
 
 def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
     """(folder, modes, what else is said) of each run of a row's long texts."""
-    if not row.long:
-        return []
-    folder, few = out / "results" / "long" / row.name, ("--count", FEW)
-    return [(folder, row.long, ("--lengths", SHORT, "--count", row.count)),
-            *((folder.with_name(f"{row.name}-at-{length}"), row.long, ("--lengths", length, *few)) for length in row.far),
-            *[(folder.with_name(f"{row.name}-sharp"), "ttt_sharp", ("--lengths", SHORT, *few))] * row.sharp,
-            *((folder.with_name(f"{row.name}-clip-{clip}"), "ttt_foreign,ttt_paper", ("--clip", clip, "--lengths", SHORT, "--count", count)) for clip, count in row.clips)]
+    of = lambda more: out / "results" / "long" / f"{row.name}{more}"
+    asked = lambda count, length=SHORT: ("--lengths", length, "--count", count)
+    return [*[(of(""), row.long, asked(row.count))] * bool(row.long),
+            *((of(f"-at-{length}"), row.long, asked(FEW, length)) for length in row.far),
+            *((of(f"-{mode}"), f"ttt_{mode}", asked(FEW)) for mode in ("sharp", "foreign") * row.controls),
+            *((of(f"-clip-{clip}{name}"), mode, ("--clip", clip, *asked(count)))
+              for clip, count in row.clips for name, mode in (("", "ttt_paper"), ("-foreign", "ttt_foreign")))]
 
 
 def answered(folder: Path, field: str, wanted: str) -> bool:
