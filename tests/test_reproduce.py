@@ -109,6 +109,16 @@ def test_the_committed_arms_are_found_where_the_rows_say():
         assert training(ARMS[name], root) == [], name
 
 
+def test_long_texts_that_are_asked_are_not_asked_again_and_another_texts_memory_is_a_run_of_its_own():
+    root = Path(reproduce.__file__).parent
+    assert reproduce.questions(ARMS["smollm2-study"], root) == []  # all of its long texts are committed, clipped ones and their control, too
+    runs = {folder.name: modes for row in ARMS.values() for folder, modes, _ in reproduce.long_runs(row, root)}
+    assert len(runs) == sum(len(reproduce.long_runs(row, root)) for row in ARMS.values())  # no two of one folder
+    assert runs["smollm2-study-clip-0.001"] == "ttt_paper" and runs["smollm2-study-clip-0.001-foreign"] == "ttt_foreign"
+    assert all(name + "-foreign" in runs for name in runs if "-clip-" in name and not name.endswith("-foreign"))
+    assert runs["gemma3-deep-needles-sharp"] == "ttt_sharp" and runs["gemma3-deep-needles-foreign"] == "ttt_foreign"
+
+
 @pytest.mark.slow
 def test_a_tiny_arm_is_trained_asked_and_then_left_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "ARMS", {"tiny": Arm("tiny", (Ask("{}", "B_memory", ("--limit", "1", "--levels", "1", "--lang", "en")),),
