@@ -415,27 +415,31 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
     rows = [row for row in reproduce.ARMS.values() if "-study" in row.name]
     assert {f"{base}-{arm}" for base in ("smollm2", "qwen", "gemma3") for arm in ("study", "study-docs", "study-docs-wdown", "study-recall")} <= {row.name for row in rows}
     for row in rows:
-        (training,), (asking, *others) = reproduce.training(row, tmp_path), reproduce.questions(row, tmp_path)
-        far, clipped = others[:len(row.far)], others[len(row.far):]
+        (training,), commands = reproduce.training(row, tmp_path), reproduce.questions(row, tmp_path)
+        near, far, clipped = commands[:bool(row.long)], commands[bool(row.long):][:len(row.far)], commands[bool(row.long) + len(row.far):]
+        assert len(near) == (not row.seed)  # further seeds are asked clipped alone
         monkeypatch.setattr("sys.argv", training)
         arguments = train_minimal.parse_arguments()
         config = train_minimal.ttt_config(arguments, arguments.row)
         assert config.w_down == row.name.endswith("wdown") and config.layers == arguments.row.study.layers and config.chunk < arguments.length
         assert arguments.objective == ("recall" if row.name.endswith("recall") else "lm") and train_minimal.parse_groups(arguments) if arguments.groups else True
-        monkeypatch.setattr("sys.argv", asking)
-        assert run_long.parse_arguments().modes == ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
-        assert arguments.data == ("package-docs" if "-docs" in row.name else "bank") and len(clipped) == len(row.clips)
+        for asking in near:
+            monkeypatch.setattr("sys.argv", asking)
+            assert run_long.parse_arguments().modes == ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
+        assert arguments.data == ("package-docs" if "-docs" in row.name else "bank") and len(clipped) == 2 * len(row.clips)
         for length, again in zip(row.far, far):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
             assert asked.lengths == length and asked.clip is None and asked.modes == ["ttt_paper", "ttt_strict"] and asked.out.endswith(f"{row.name}-at-{length}")
-        for (clip, count), again in zip(row.clips, clipped):
+        wanted = [(clip, count, *which) for clip, count in row.clips for which in (("ttt_paper", ""), ("ttt_foreign", "-foreign"))]
+        for (clip, count, mode, name), again in zip(wanted, clipped):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
-            assert asked.clip == float(clip) and asked.count == int(count) and asked.modes == ["ttt_foreign", "ttt_paper"] and asked.out.endswith(f"{row.name}-clip-{clip}")
+            assert asked.clip == float(clip) and asked.count == int(count) and asked.modes == [mode] and asked.out.endswith(f"{row.name}-clip-{clip}{name}")
     arguments = types.SimpleNamespace(only=["smollm2-study"], out=tmp_path)
     folder = tmp_path / "results/long"
-    assert reproduce.what_next(arguments) == f"python report_long.py {folder / 'smollm2-study'} {folder / 'smollm2-study-clip-0.001'} --out {folder}"
+    folders = " ".join(str(folder / f"smollm2-study{more}") for more in ("", "-clip-0.001", "-clip-0.001-foreign"))
+    assert reproduce.what_next(arguments) == f"python report_long.py {folders} --out {folder}"
 
 
 @pytest.mark.parametrize("name", ["smollm2-deep", "qwen-deep", "gemma3-deep"])
