@@ -15,7 +15,8 @@ ALL, RETRIEVAL = "mean over tasks", "mean over retrieval"
 ORDER = (MODES[0], TUNED, *MODES[1:])
 STROKES = {TUNED: {"linestyle": "-."}, "ttt_empty": {"linestyle": ":"}, "ttt_foreign": {"linestyle": "-.", "markerfacecolor": "white"},
            "ttt_paper": {"linestyle": "-"}, "ttt_strict": {"linestyle": "--", "markerfacecolor": "white"}, "ttt_sharp": {"linestyle": ":", "markerfacecolor": "white"}}
-KINDS = {"chunks": "arms that write chunk by chunk", "whole": "arms that write a whole text, and readers"}
+KINDS = {"chunks": "arms that write chunk by chunk", "clipped": "arms that write chunk by chunk, clipped", "whole": "arms that write a whole text, and readers"}
+LEGEND = {"loc": "outside lower center", "handlelength": 4}  # long enough to show a dash and its dot
 
 
 def draw(arms: list[dict], folder: Path) -> None:
@@ -31,12 +32,12 @@ def draw(arms: list[dict], folder: Path) -> None:
 
 def kind_of(arm: dict) -> str | None:
     """Of KINDS; None of a base."""
-    return None if arm["objective"] == "none" else "chunks" if arm["chunk"] else "whole"
+    return None if arm["objective"] == "none" else "whole" if not arm["chunk"] else "clipped" if arm["clip"] else "chunks"
 
 
 def draw_accuracy(arms: list[dict], title: str, path: Path) -> None:
-    """Score of arms of one model against length, a panel a task, a line an arm and mode; in_context once."""
-    tasks = list(dict.fromkeys(cell["task"] for arm in arms for cell in arm["cells"]))
+    """Score of arms of one model against length, a panel a task (the means first), a line an arm and mode; in_context once."""
+    tasks = sorted(dict.fromkeys(cell["task"] for arm in arms for cell in arm["cells"]), key=lambda task: task not in (ALL, RETRIEVAL))
     columns = min(5 if len(tasks) > 12 else 4, len(tasks))
     rows = -(-len(tasks) // columns)
     with matplotlib.rc_context(plots.STYLE):
@@ -60,7 +61,7 @@ def draw_accuracy(arms: list[dict], title: str, path: Path) -> None:
         for ax in axes[len(tasks) - columns:len(tasks)]:  # the lowest of each column, also above a spare one
             ax.tick_params(labelbottom=True)
         handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(max(1, columns - 1), len(labels)))
+        figure.legend(handles, labels, ncols=min(max(1, columns - 1), len(labels)), **LEGEND)
         figure.savefig(path, dpi=plots.DPI)
 
 
@@ -81,7 +82,7 @@ def draw_cost(arms: list[dict], title: str, path: Path) -> None:
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             dress(ax, arms)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=2, **LEGEND)
         figure.savefig(path, dpi=plots.DPI)
 
 
@@ -98,8 +99,8 @@ def named(arm: dict) -> str:
 
 
 def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
-    """The lines of a figure: {label: (how it is drawn, cells in order of length)}: an arm's colour, a mode's stroke, a cross where it is clipped; in_context is one
-    line, however many arms share it, of the most items."""
+    """The lines of a figure: {label: (how it is drawn, cells in order of length)}: a colour and marker for each arm, seed and clip, a mode's stroke; in_context is
+    one line, however many arms share it, of the most items."""
     lines: dict[str, tuple[dict, dict]] = {}
     numbers: dict[tuple, int] = {}  # of the arms that are asked more than in_context
     for arm in arms:
@@ -108,8 +109,8 @@ def lines_of(arms: list[dict]) -> dict[str, tuple[dict, list[dict]]]:
             if base:
                 look = {"color": "black", "marker": "."}
             else:
-                number = numbers.setdefault((arm["arm"], arm["seed"]), len(numbers))
-                look = {"color": plots.COLORS[number % 6], "marker": "x" if arm["clip"] else plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
+                number = numbers.setdefault((arm["arm"], arm["seed"], arm["clip"]), len(numbers))
+                look = {"color": plots.COLORS[number % 6], "marker": plots.MARKERS[number % 7]} | STROKES[cell["mode"]]
             drawn = lines.setdefault("in_context" if base else f"{named(arm)}, {cell['mode']}", (look, {}))[1]
             place = cell["task"], cell["length"]
             drawn[place] = max(drawn.get(place, cell), cell, key=lambda cell: cell["n"])

@@ -373,21 +373,20 @@ def test_each_kind_of_arm_has_figures_of_its_own_and_a_base_stands_in_all(tmp_pa
         assert report_long.main([*map(str, runs), "--out", str(tmp_path / out)]) == 0
         assert drawn(out) == sorted(f"{what}-tiny-{kind}.png" for what in ("accuracy", "cost") for kind in kinds)
     arms = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"]
-    assert [long_figures.kind_of(arm) for arm in arms] == [None, "chunks", "whole"]
+    assert [long_figures.kind_of(arm) for arm in arms] == [None, "chunks", "whole"] and long_figures.kind_of(arms[1] | {"clip": 0.001}) == "clipped"
     assert [(c["peak_gb"], c["item_gb"]) for arm in arms[:2] for c in arm["cells"]] == [(None, None), (None, None), (6.0, 2.0)]  # lent, then its own
     assert list(long_figures.lines_of(arms[:2])) == ["in_context", "chunks, ttt_paper"]
 
 
-def test_lines_of_a_figure_are_told_apart_and_a_clipped_arm_has_its_own_colour(tmp_path):
-    arm = lambda name, clip=None, modes=("ttt_paper", "ttt_strict"): {"arm": name, "seed": 0, "clip": clip, "cells": [
+def test_lines_of_a_figure_are_told_apart_by_arm_seed_clip_and_mode():
+    arm = lambda name, clip=None, seed=0, modes=("ttt_foreign", "ttt_paper", "ttt_strict"): {"arm": name, "seed": seed, "clip": clip, "cells": [
         {"mode": mode, "task": "a", "length": 1024, "n": 100 if name == "c" else 20} for mode in ("in_context", *modes)]}
-    arms = [one for name in "abcdef" for one in (arm(name), arm(name, 0.001, ("ttt_foreign", "ttt_paper")))]
+    arms = [arm("c", 0.001), arm("c", 0.01), arm("c", 0.001, 1), *(arm(name) for name in "cabdef")]
     lines = long_figures.lines_of(arms)
     looks = {label: look for label, (look, _) in lines.items()}
     assert [cell["n"] for cell in lines["in_context"][1]] == [100]
-    assert len({str(sorted(look.items())) for look in looks.values()}) == len(looks) == 1 + 6 * 4
-    assert len({look["color"] for look in looks.values()}) == 1 + 6
-    assert looks["c clipped to 0.001, ttt_paper"] == looks["c, ttt_paper"] | {"marker": "x"}
+    assert len({str(sorted(look.items())) for look in looks.values()}) == len(looks) == 1 + 9 * 3
+    assert len({look["color"] for label, look in looks.items() if "clipped" in label}) == 3  # two clips and two seeds of one arm
 
 
 def test_of_an_unfinished_run_the_whole_lengths_are_scored_when_asked_for(tmp_path, capsys):
