@@ -84,7 +84,7 @@ class TTTConfig:
             (not 0 < self.shut_below < WIDE_OPEN, f"shut_below is {self.shut_below}; use a number between 0 and 11/12"),
             (self.blind and self.chunk is not None, f"blind with chunk {self.chunk}: a blind text is one chunk, so use 'whole'"),
             (self.w_down and self.blind, "w_down changes what reads a text while it is written, and a blind text is read by the base alone; switch blind off"),
-            (self.clip is not None and not self.clip > 0, f"clip is {self.clip}; use a share of |W_down| above 0, or none for no limit"),
+            (self.clip is not None and not 0 < self.clip < math.inf, f"clip is {self.clip}; use a share of |W_down| above 0, or none for no limit"),
             (self.clip is not None and (self.chunk is None or self.rule != "hebbian" or self.sparse),
              "clip limits what each chunk adds; it needs a chunk of so many tokens, rule hebbian and no sparse gate"),
             (self.calibrated and self.unit_targets is False, "calibrated measures values against targets at unit RMS; switch unit_targets on"),

@@ -84,7 +84,7 @@ tokens = model.generate(**asked, memory=memory, max_new_tokens=24, do_sample=Fal
 print(tokenizer.batch_decode(tokens[:, asked["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`model.prompt` gives the form that the adapter was trained on; for prompts of another form say with `head_tokens` how many of a prompt's
+`model.prompt` gives the form of the benchmark's questions, on which an arm of the bank's conversations was trained; for prompts of another form say with `head_tokens` how many of a prompt's
 tokens stand before its question (left out: a start token, if the tokenizer puts one before every text). Greedy decoding and sampling read a memory; beams, assisted and contrastive decoding are refused.
 `model.write(..., memory=memory)` goes on from a memory. Without `memory=` the model is {without}.
 '''

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness drives an arm in one of the three modes (long_modes.py), through its own command line.
+"""lm-evaluation-harness drives an arm in a mode of long_modes.py, through its own command line.
 
     python lm_eval_model.py run --model ttt --tasks niah_single_1,ruler_vt --metadata '{"max_seq_lengths": [1024]}' --limit 5 \\
         --model_args model=smollm2-135m,adapter=checkpoints/smollm2-deep,mode=ttt_strict
@@ -6,7 +6,7 @@
 What follows the script's name is lm-eval's (`run --help`); it needs `pip install "lm-eval[ruler]==0.4.13"`. --model_args of `--model ttt`:
     model        a row of `python model_utils.py`, a folder, or a hub id (default smollm2-135m)
     adapter      checkpoint folder of a memory arm, for the modes that write
-    mode         in_context, ttt_paper or ttt_strict (without an adapter: in_context)
+    mode         in_context, ttt_paper or ttt_strict; ttt_empty of an arm of --w-down, ttt_sharp of one that solves (without an adapter: in_context)
     question_at  words at which a prompt's question begins: at the last place where they stand, with the white space before them. What stands
                  before it, solved examples too, is the document. Known for RULER's tasks
     dtype        auto, float32 or bfloat16
@@ -118,9 +118,9 @@ class ModeModel:
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each whole text. One that the window does not hold is read in windows (scoring.Plan); in ttt_paper the memory
         goes on from one to the next."""
-        if requests and splits(self.mode, self.ttt):
-            raise UserError(f"{requests[0].task_name}: scores texts that have no question (loglikelihood_rolling), and {self.mode} of this arm "
-                            "needs one; use mode=in_context, an arm with chunks in ttt_paper, or score_lm.py")
+        if requests and self.mode != "in_context" and (self.mode != "ttt_paper" or splits(self.mode, self.ttt)):
+            raise UserError(f"{requests[0].task_name}: scores texts that have no question (loglikelihood_rolling), which {self.mode} of this arm "
+                            "does not; use mode=in_context, an arm with chunks in ttt_paper, or score_lm.py")
         window = self.loaded.model.config.get_text_config().max_position_embeddings - 1  # the start token is one more
         begin = start_token(self.tokenizer)
         if self.mode == "in_context":

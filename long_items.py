@@ -28,10 +28,6 @@ class Item:
     seed: int
     index: int
 
-    @property
-    def prompt(self) -> str:
-        return self.document + self.question
-
 
 class Parts(NamedTuple):
     document: str

@@ -30,7 +30,7 @@ def string_match_part(prediction: str, references) -> float:
 def first_word(prediction: str, references) -> float:
     """MQAR: the answer comes first in the prediction, as a word of its own."""
     text = prediction.strip().lower()
-    return float(any(re.match(re.escape(reference.lower()) + r"(?!\w)", text) for reference in references))
+    return float(any(re.match(re.escape(reference.lower()) + r"(?![\w-])", text) for reference in references))
 
 
 def substring_exact_match(prediction: str, references) -> float:

@@ -24,7 +24,7 @@ from long_items import Candidate, Item, Parts, count_tokens, fit
 from long_ruler import (NEEDLES, RECALL_NEW_TOKENS, common_candidates, frequent_candidates, needle_candidates, recall_candidates,
                         tracking_candidates)
 from long_scores import METRICS
-from manifests import UserError, run_script
+from manifests import UserError, replacing, run_script
 from model_utils import byte_tokenizer, find_row, hub_folder
 
 
@@ -132,19 +132,21 @@ def score(item: Item, prediction: str) -> float:
     return METRICS[item.metric](prediction, item.answers)
 
 
+def at_hand(sources) -> list[str]:
+    """The tasks that need no file, and those whose file `sources` names."""
+    return [task.name for task in TASKS.values() if task.needs is None or task.name in sources]
+
+
 def profile_items(name: str, tokenizer, seed: int, sources: dict[str, object], workers: int = 1) -> list[Item]:
     """The items of a profile, task by task; a task that needs a file takes part where `sources` names one for it."""
     profile = PROFILES[name]
-    for task in sources:
-        if find_task(task).needs is None:
-            raise UserError(f"--source {task}=...: the task needs no file; leave it out")
-    return make_all([(task.name, tokenizer, length, profile.count, seed, sources.get(task.name))
-                     for task in TASKS.values() if task.needs is None or task.name in sources
-                     for length in profile.lengths if length >= task.shortest], workers)
+    return make_all([(task, tokenizer, length, profile.count, seed, sources.get(task))
+                     for task in at_hand(sources) for length in profile.lengths if length >= TASKS[task].shortest], workers)
 
 
 def write_items(items: list[Item], path: Path) -> None:
-    path.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
 
 
 def read_items(path, tokenizer) -> list[Item]:
@@ -157,6 +159,8 @@ def read_items(path, tokenizer) -> list[Item]:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # not splitlines: a text may hold other separators
         try:
             fields = json.loads(line)
+            if type(fields["answers"]) is not list or not fields["answers"]:
+                raise ValueError("answers is no list of texts, or empty")
             item = Item(**fields | {"answers": tuple(fields["answers"])})
             if item.metric not in METRICS or not all(type(n) is int and n >= 0 for n in (item.length, item.new_tokens, item.tokens, item.seed, item.index)):
                 raise ValueError(f"metric {item.metric!r} or a number is not one")
@@ -171,6 +175,8 @@ def read_items(path, tokenizer) -> list[Item]:
             raise UserError(f"{path} line {number}: {item.task} {item.length} {item.index} stands there twice; {mend}")
         if tokens != item.tokens:
             raise UserError(f"{path} line {number}: {item.tokens} tokens, and {tokens} with this model's tokenizer; {mend}, and --model as here")
+        if item.new_tokens < 1 or tokens + item.new_tokens > item.length:
+            raise UserError(f"{path} line {number}: {tokens} tokens and new_tokens {item.new_tokens} (1 or more) do not fit length {item.length}; {mend}")
         taken.add(place)
         items.append(item)
     return items
@@ -192,11 +198,14 @@ def load_tokenizer(model: str):
 
 
 def parse_sources(pairs: list[str]) -> dict[str, str]:
-    """{task: path}; what is to come from the hub is there then."""
+    """{task: path}; what is to come from the hub is there then. UserError for a task that is none, or needs no file."""
     for pair in pairs:
         if not all(pair.partition("=")):
             raise UserError(f"--source {pair}: write TASK=PATH")
     sources = dict(pair.split("=", 1) for pair in pairs)
+    for task in sources:
+        if task not in TASKS or TASKS[task].needs is None:
+            raise UserError(f"--source {task}=...: {'the task needs no file; leave it out' if task in TASKS else 'no such task; see python long_tasks.py --list'}")
     return {task: str(fetched(task)) if path == HUB else path for task, path in sources.items()}
 
 

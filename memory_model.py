@@ -76,7 +76,7 @@ class WithMemory:
         return memory
 
     def prompt(self, tokenizer, questions: list[str], lang: str = "en") -> dict:
-        """The questions in the form that the adapter was trained on, as arguments of generate: a solved example, then the question."""
+        """The questions in the benchmark's form, which arms of the bank's conversations were trained on, as arguments of generate: a solved example, then the question."""
         if lang not in FORMS:
             raise ValueError(f"lang is {lang!r}; the prompt forms are {', '.join(FORMS)}")
         head = head_ids(tokenizer, lang, with_text=False)

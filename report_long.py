@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter, defaultdict
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,10 @@ from report_tables import around_block, with_interval
 from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
 from run_long import TUNED
 
-ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "score": (float, int), "seconds": (float, int),
+ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "prompt_tokens": (int,), "score": (float, int), "seconds": (float, int),
               "peak_gb": (float, int, type(None)), "batch": (int,)}
 BLOCK = "long-tasks"
+SHORT = 0.75  # of a length: below, the tables say how long the prompts are (mqar has no more pairs at 32,768 tokens)
 
 
 # ---- what ran ----
@@ -41,9 +42,8 @@ def load(folder: Path, incomplete: bool = False) -> dict:
     run = parse_object(read_text(folder / "run.json", mend), folder / "run.json", LONG_RUN_FIELDS, mend)
     if not run["complete"] and not incomplete:
         raise ResultsError(f"{folder / 'run.json'}: the run was not finished; finish it with run_long.py --resume, or pass --allow-incomplete to score what is whole")
-    check_sums(folder, run)
     rows: dict[str, dict] = defaultdict(dict)
-    for where, row in read_lines(folder / "predictions.jsonl", ROW_FIELDS, mend):
+    for where, row in read_lines(folder / "predictions.jsonl", ROW_FIELDS, mend, check_sums(folder, run)):
         if row["condition"] not in ORDER:
             raise ResultsError(f"{where}: field 'condition' is {row['condition']!r}, must be one of {', '.join(ORDER)}; {mend}")
         if row["sample_id"] in rows[row["condition"]]:
@@ -52,14 +52,21 @@ def load(folder: Path, incomplete: bool = False) -> dict:
     cut = unfinished(run, rows)
     for mode, length in cut:
         rows[mode] = {item: row for item, row in rows[mode].items() if row["length"] != length}
-    return run | {"name": folder.name, "rows": rows, "left_out": run["left_out"] + [f"{mode} at {length} tokens: not finished" for mode, length in cut]}
+    return {"seed": None, "clip": None} | run | {"name": folder.name, "rows": rows, "left_out": run["left_out"] + [f"{mode} at {length} tokens: not finished" for mode, length in cut]}
 
 
 def unfinished(run: dict, rows: dict[str, dict]) -> list[tuple[str, int]]:
     """The modes and lengths of which answers are missing that the run was begun with."""
     there = Counter((mode, row["task"], row["length"]) for mode, answers in rows.items() for row in answers.values())
-    begun = [(one["count"], pair, task) for one in run.get("unfinished", []) for pair in product(one["modes"], one["lengths"]) for task in one["tasks"]]
-    return list(dict.fromkeys((mode, length) for count, (mode, length), task in begun if there[mode, task, length] < count))
+    begun = [(one["count"], mode, text) for one in run.get("unfinished", []) for mode, text in product(one["modes"], texts_of(one))]
+    return sorted({(mode, length) for count, mode, (task, length) in begun if there[mode, task, length] < count}, key=lambda cut: (ORDER.index(cut[0]), cut[1]))
+
+
+def texts_of(request: dict) -> list[tuple[str, int]]:
+    """The (task, length) that a request of run_long.py asks about."""
+    if "texts" not in request:  # before 2026-11-30 a request had all its tasks at all its lengths
+        return list(product(request["tasks"], request["lengths"]))
+    return [(task, int(length)) for task, length in (text.split(" ") for text in request["texts"])]
 
 
 def joined(runs: list[dict]) -> list[dict]:
@@ -75,16 +82,20 @@ def joined(runs: list[dict]) -> list[dict]:
             whole["rows"][mode] |= rows
         whole["runs"].append(one)
         whole["left_out"] += [line for line in run["left_out"] if line not in whole["left_out"]]
+    for one, other in combinations(groups.values(), 2):
+        if (named(one), one["model"]) == (named(other), other["model"]):
+            raise ResultsError(f"{one['name']} and {other['name']}: both are {named(one)} on {one['model']}, of other weights, dtype or items; "
+                               "give the arms different names, or report them apart")
     return list(groups.values())
 
 
 def lend(runs: list[dict]) -> None:
-    """in_context rows of another run of the same base, for the items that a run asked otherwise; and in "reader" the rows of a LoRA that reads these in context."""
+    """in_context rows of another run of the same base, for the items that a run asked otherwise; and in "readers" the rows of each LoRA that reads these in context."""
     same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seeds"))
     own = [dict(run["rows"].get("in_context", {})) for run in runs]  # a row is lent by the run that it is of
     for run in runs:
         asked = {item for rows in run["rows"].values() for item in rows}
-        run["reader"] = {item: row for other in runs if same(run, other) for item, row in other["rows"].get(TUNED, {}).items() if item in asked}
+        run["readers"] = [{item: row for item, row in other["rows"].get(TUNED, {}).items() if item in asked} for other in runs if same(run, other)]
         for other, rows in zip(runs, own):
             if other is not run and same(run, other):
                 missing = {item: row for item, row in rows.items() if item in asked - run["rows"]["in_context"].keys()}
@@ -156,14 +167,15 @@ def cells_of(run: dict, settings: Bootstrap) -> list[dict]:
                 value, ends = mean_of_tasks(by_task(chosen, mine, lambda item: (mine[item]["score"],)), settings)
                 measured = [mine[item] for item in chosen if mine[item]["peak_gb"] is not None]
                 cell = {"task": task, "length": length, "mode": mode, "n": len(chosen), "score": value, "ci": ends,
+                        "prompt_tokens": float(np.median([mine[item]["prompt_tokens"] for item in chosen])),
                         "seconds": float(np.median([mine[item]["seconds"] for item in chosen])),
                         "peak_gb": max((row["peak_gb"] for row in measured), default=None),
                         "item_gb": float(np.median([row["peak_gb"] / row["batch"] for row in measured])) if measured else None}
                 shared = [item for item in chosen if item in base]
-                if mode != "in_context" and shared:
+                if mode != "in_context" and {base[item]["task"] for item in shared} == set(of):
                     gain, gain_ci = mean_of_tasks(by_task(shared, mine, lambda item: (mine[item]["score"] - base[item]["score"],)), settings)
                     cell |= {"gain": gain, "gain_ci": gain_ci, "shared": len(shared)}
-                readers = [rows for rows in (base, run["reader"]) if any(item in rows for item in chosen)]
+                readers = [rows for rows in (base, *run["readers"]) if any(item in rows for item in chosen)]
                 read = [item for item in chosen if all(item in rows for rows in readers)]
                 if mode in DROPPED and readers and {mine[item]["task"] for item in read} == set(of):
                     kept = share_kept(by_task(read, mine, lambda item: (mine[item]["score"], *(rows[item]["score"] for rows in readers))), settings)
@@ -184,8 +196,8 @@ def by_task(items: list[str], rows: dict, numbers) -> dict[str, dict[str, list]]
 
 def tables(report: dict, means: bool = False) -> str:
     """A table an arm (scores by mode and length, gains over in_context), then the runs. means: of an arm that was asked several tasks their means alone."""
-    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over texts, of which mqar has one for eight questions. gain: over in_context, same items. kept: over the higher of in_context and in_context_tuned, on the items "
-             "(n, where these are fewer) that were asked in all three." + " Of all tasks one by one: results/long/tables.md." * means]
+    lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over texts, of which mqar has one for eight questions. tokens: of prompt and answer (in brackets the prompts' median, where a task's texts end below three quarters of that). gain: over in_context, same items. "
+             "kept: over the higher of in_context and in_context_tuned, of those that were asked. n: of the items that all of them answered, where these are fewer." + " Of all tasks one by one: results/long/tables.md." * means]
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
         gains, kept = [mode for mode in modes if mode != "in_context"], [mode for mode in DROPPED if any("kept" in cell for cell in arm["cells"] if cell["mode"] == mode)]
@@ -199,43 +211,52 @@ def tables(report: dict, means: bool = False) -> str:
             found = {cell["mode"]: cell for cell in arm["cells"] if (cell["task"], cell["length"]) == (task, length)}
             most = max(cell["n"] for cell in found.values())
             fewer = ", ".join(f"{mode} {cell['n']}" for mode, cell in found.items() if cell["n"] < most)
-            lines.append(f"| {task} | {length:,} | {most}{f' ({fewer})' if fewer else ''} | " + " | ".join(
+            prompt = min(cell["prompt_tokens"] for cell in found.values())
+            short = f" ({prompt:,.0f})" if prompt < SHORT * length else ""
+            lines.append(f"| {task} | {length:,}{short} | {most}{f' ({fewer})' if fewer else ''} | " + " | ".join(
                 [with_interval(found[m]["score"], found[m]["ci"]) if m in found else "–" for m in modes]
-                + [with_interval(found[m]["gain"], found[m]["gain_ci"]) if "gain" in found.get(m, {}) else "–" for m in gains]
-                + [share_text(found.get(m, {})) for m in kept]) + " |")
+                + [of_fewer(found.get(m, {}), "gain", "shared") for m in gains]
+                + [of_fewer(found.get(m, {}), "kept", "kept_n") for m in kept]) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
     lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "")
               for arm in report["arms"] for run in arm["runs"]]
+    lines += [f"- {name}: begun, no length of it is whole yet" for name in report["begun"]]
     return "\n".join(lines) + "\n"
 
 
-def share_text(cell: dict) -> str:
-    """What is kept, with its interval, and of how many items where these are not all of the cell's."""
-    if "kept" not in cell:
+def of_fewer(cell: dict, name: str, n: str) -> str:
+    """A number of a cell with its interval, and of how many items (cell[n]) where these are not all of the cell's."""
+    if name not in cell:
         return "–"
-    return with_interval(cell["kept"], cell["kept_ci"]) + (f" (n {cell['kept_n']})" if cell["kept_n"] < cell["n"] else "")
+    return with_interval(cell[name], cell[f"{name}_ci"]) + (f" (n {cell[n]})" if cell[n] < cell["n"] else "")
 
 
 # ---- the script ----
 
 def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) -> dict:
-    runs = joined([load(folder, incomplete) for folder in folders])
+    loaded = [load(folder, incomplete) for folder in folders]
+    runs = joined([run for run in loaded if any(run["rows"].values())])
+    if not runs:
+        raise ResultsError(f"{folders[0]}: no length of it is whole yet; finish it with run_long.py --resume")
+    begun = [run["name"] for run in loaded if not any(run["rows"].values())]
     lend(runs)
     keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "runs", "left_out", "window")
-    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed},
+    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "begun": begun,
             "arms": [{name: run.get(name) for name in keep} | {"lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: results/long/*)")
-    parser.add_argument("--out", type=Path, help="folder of report.json and figures/ (default: results/long; with --out RESULTS.md is left alone)")
+    parser.add_argument("--out", type=Path, help="folder of report.json and figures/, needed with run folders (default: results/long; with --out RESULTS.md is left alone)")
     parser.add_argument("--allow-incomplete", action="store_true", help="take runs that were not finished too, without the lengths that are not whole")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     args = parser.parse_args(arguments)
-    out, results_md = args.out or Path("results/long"), None if args.out or args.runs else Path("RESULTS.md")
+    out, results_md = args.out or Path("results/long"), None if args.out else Path("RESULTS.md")
     try:
+        if args.runs and not args.out:
+            raise ResultsError("run folders without --out: results/long holds the report of all runs; name another folder with --out")
         folders = args.runs or sorted(path.parent for path in Path("results/long").glob("*/run.json"))
         if not folders:
             raise ResultsError("results/long/: holds no run; make one with python run_long.py, or name run folders")
@@ -251,6 +272,9 @@ def main(arguments=None) -> int:
         print(f"Report: {out / 'report.json'}; tables: {out / 'tables.md'}; figures: {out / 'figures'}" + (f"; means: {results_md}" if results_md else ""))
     except ResultsError as error:
         print(f"report_long.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"report_long.py: error: {error}; choose another --out or free the path", file=sys.stderr)
         return 2
     return 0
 

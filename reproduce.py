@@ -166,7 +166,7 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
     commands = []
     for ask in row.asks:
         folder = out / "results" / ask.folder.format(row.name)
-        if not answered(folder, "conditions", ask.conditions):
+        if not answered(folder, ask.conditions):
             commands.append(["run_experiment.py", *row.model, *adapter, *ask.more, "--conditions", ask.conditions, "--batch-size", "256",
                              "--out", str(folder), "--resume"])
     for lang in row.prose:
@@ -174,7 +174,7 @@ def questions(row: Arm, out: Path) -> list[list[str]]:
         if not path.exists():
             commands.append(["harm.py", *row.model, *adapter, "--lang", lang, "--out", str(path)])
     for folder, modes, how in long_runs(row, out):
-        if not answered(folder, "modes", modes):
+        if not long_answered(folder, modes, how):
             commands.append(["run_long.py", *row.model, *adapter, *how, "--modes", modes, *LONG, "--out", str(folder), "--resume"])
     return commands
 
@@ -190,11 +190,26 @@ def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
               for clip, count in row.clips for name, mode in (("", "ttt_paper"), ("-foreign", "ttt_foreign")))]
 
 
-def answered(folder: Path, field: str, wanted: str) -> bool:
-    """Whether a finished run's conditions (or modes) are all that are wanted."""
+def finished(folder: Path) -> dict:
+    """The run.json of a finished run, empty where there is none."""
     path = folder / "run.json"
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return run.get("complete", False) and set(wanted.split(",")) <= set(run[field])
+    return run if run.get("complete") else {}
+
+
+def answered(folder: Path, conditions: str) -> bool:
+    """Whether a finished run has all these conditions."""
+    return set(conditions.split(",")) <= set(finished(folder).get("conditions", []))
+
+
+def long_answered(folder: Path, modes: str, how: tuple[str, ...]) -> bool:
+    """Whether a finished run of all tasks at hand has these modes and lengths, and so many items of each. how: what long_runs says of it."""
+    run, asked = finished(folder), dict(zip(how[::2], how[1::2]))
+    if not run or not {"--tasks", "--items"}.isdisjoint(run["command"].split()):
+        return False
+    lengths = {int(length) for length in asked["--lengths"].split(",")}
+    cells = len(run["modes"]) * len(run["tasks"]) * len(run["lengths"])
+    return set(modes.split(",")) <= set(run["modes"]) and lengths <= set(run["lengths"]) and run["rows"] >= cells * int(asked["--count"])
 
 
 def tasks_of(names, out: Path) -> list[Task]:
@@ -276,8 +291,8 @@ class Runner:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES names, else the numbers of nvidia-smi's GPUs; none without a driver."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # empty: all are hidden
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):

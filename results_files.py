@@ -274,9 +274,10 @@ def condition_order(name):
     return CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS), name
 
 
-def read_text(path, mend):
+def read_text(path, mend, size=None):
+    """The file's first `size` bytes (None: all) as text; ResultsError where it is none."""
     try:
-        return path.read_bytes().decode("utf-8")  # bytes, so that line ends stay as they are
+        return path.read_bytes()[:size].decode("utf-8")  # bytes, so that line ends stay as they are
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; {mend}") from None
     except UnicodeDecodeError as error:
@@ -304,9 +305,9 @@ def _no_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
-def read_lines(path, fields, mend):
-    """The objects of a JSONL file with where each stands ("FILE line N")."""
-    lines = read_text(path, mend).split("\n")  # not splitlines: an answer may hold another kind of line separator
+def read_lines(path, fields, mend, size=None):
+    """The objects of a JSONL file with where each stands ("FILE line N"). size: of its first bytes (check_sums says how many a kill left whole)."""
+    lines = read_text(path, mend, size).split("\n")  # not splitlines: an answer may hold another kind of line separator
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         where = f"{path} line {number}"
         yield where, parse_object(line, where, fields, mend)
@@ -326,8 +327,7 @@ def load_run(folder, allow_incomplete):
     if not run["complete"] and not allow_incomplete:
         raise ResultsError(f"{path}: field 'complete' is false, the run was not finished; finish it with "
                            "run_experiment.py --resume (field 'unfinished' has the commands), or pass --allow-incomplete to score it as partial")
-    check_sums(folder, run)
-    rows = [row | {"seed": run["seed"], "where": where} for where, row in read_lines(predictions, ROW_FIELDS, mend)]
+    rows = [row | {"seed": run["seed"], "where": where} for where, row in read_lines(predictions, ROW_FIELDS, mend, check_sums(folder, run))]
     check_rows(rows, run, predictions, mend)
     return run | {"name": folder.resolve().name, "path": path, "predictions": rows}
 

@@ -1,4 +1,4 @@
-"""Ask long-text tasks in three modes and keep each answer as one row.
+"""Ask long-text tasks in several modes and keep each answer as one row.
 
     python run_long.py --model smollm2-135m --adapter checkpoints/smollm2-deep --profile dev --out results/long/smollm2-deep
 
@@ -26,7 +26,7 @@ from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
 from long_modes import FOREIGN, MODES, USUAL, asked, check_mode
-from manifests import UserError, provenance, run_script, utc
+from manifests import UserError, chosen, provenance, run_script, utc
 from model_utils import Loaded, clip, find_row, load_adapter, load_lora, load_model, pick_device, tuned_manifest
 from parallel import Group
 from prompts import encode, written_ids
@@ -90,6 +90,15 @@ def other_texts(items: list[Item]) -> dict[str, str]:
     return others
 
 
+def check_sources(out: Path, items: list[Item], done: set) -> None:
+    """UserError where a folder holds answers about another text of an item's task, length, seed and number: from another --source or --items."""
+    place = lambda name: name.rpartition("-")[0]
+    held = {place(name): name for _, name, _ in done}
+    for name in map(name_of, items):
+        if held.get(place(name), name) != name:
+            raise UserError(f"{out}: holds answers about another {place(name)} (--source or --items differs); name another --out")
+
+
 @torch.inference_mode()
 def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, others: dict[str, str]) -> list[dict]:
     """Run one job; one row an item. others: other_texts, for ttt_foreign. seconds: of the job, shared evenly; peak_gb: of the job, above what lay on the
@@ -112,7 +121,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, others: dict[str, s
     return [{"condition": job.mode, "sample_id": name_of(item), "probe_id": name_of(item), "document": sha(item.document), "task": item.task, "length": item.length,
              "prompt_tokens": item.tokens, "answers": list(item.answers), "metric": item.metric, "prediction": text,
              "score": round(long_tasks.score(item, text), 6), "seconds": round(seconds, 4), "batch": len(job.items), "peak_gb": peak}
-            for item, text in zip(job.items, said)]
+            | ({"foreign": sha(others[name_of(item)])} if job.mode == FOREIGN else {}) for item, text in zip(job.items, said)]
 
 
 def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
@@ -123,12 +132,14 @@ def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
         lengths = sorted({item.length for item in items})
     else:
         profile, sources = long_tasks.PROFILES[arguments.profile], long_tasks.parse_sources(arguments.source)
-        lengths = [int(part) if part.isdecimal() else 0 for part in arguments.lengths.split(",")] if arguments.lengths else profile.lengths
+        lengths = list(dict.fromkeys(int(part) if part.isdecimal() else 0 for part in arguments.lengths.split(","))) if arguments.lengths else profile.lengths
         if min(lengths) < 1:
             raise UserError(f"--lengths {arguments.lengths}: give numbers of tokens such as 1024,2048")
-        wanted = arguments.tasks.split(",") if arguments.tasks else [name for name, task in long_tasks.TASKS.items() if task.needs is None or name in sources]
-        late = [(name, length) for name in wanted for length in lengths if not arguments.tasks and length < long_tasks.find_task(name).shortest]
-        left_out = [f"{name} at {length} tokens: it begins at {long_tasks.find_task(name).shortest}" for name, length in late]
+        wanted = chosen("--tasks", arguments.tasks, long_tasks.TASKS) if arguments.tasks else long_tasks.at_hand(sources)
+        for name in sources.keys() - set(wanted):
+            raise UserError(f"--source {name}=...: {name} is not among --tasks {arguments.tasks}; leave it out, or name the task too")
+        late = [(name, length) for name in wanted for length in lengths if not arguments.tasks and length < long_tasks.TASKS[name].shortest]
+        left_out = [f"{name} at {length} tokens: it begins at {long_tasks.TASKS[name].shortest}" for name, length in late]
         items = long_tasks.make_all([(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))
                                      for length in lengths if length <= window for name in wanted if (name, length) not in late], arguments.workers)
     left_out += [f"length {length}: the model's window is {window} tokens" for length in lengths if length > window]
@@ -162,12 +173,10 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
     usual = TUNED if arguments.tuned_adapter else "in_context" if arguments.adapter is None else ",".join(USUAL)
-    arguments.modes = (arguments.modes or usual).split(",")
+    arguments.modes = chosen("--modes", arguments.modes or usual, (*MODES, TUNED))
     if arguments.adapter and arguments.tuned_adapter:
         raise UserError("--tuned-adapter: its LoRA would stay on the base that --adapter writes with; ask the two in runs of their own")
     for mode in arguments.modes:
-        if mode not in (*MODES, TUNED):
-            raise UserError(f"--modes {mode}: unknown; use some of {','.join(MODES)}")
         if (mode == TUNED) != bool(arguments.tuned_adapter):
             raise UserError(f"--modes {mode}: {'needs --tuned-adapter' if mode == TUNED else f'with --tuned-adapter there is {TUNED} alone'}")
         if mode not in ("in_context", TUNED) and arguments.adapter is None:
@@ -207,19 +216,20 @@ def main() -> None:
             "clip": arguments.clip, "dtype": str(dtype).removeprefix("torch."), "item_seeds": sorted({item.seed for item in items})}
     with only_run(out, Group()):
         done, earlier = open_folder(out, arguments.resume, mine)
+        check_sources(out, items, done)
         together = lambda name, now: sorted({*earlier.get(name, []), *now})  # a resumed run may ask for more than the first
         report = {"arm": arm, "model": row.name, "objective": manifest.get("objective", "none"),
                   "frozen": manifest.get("frozen", True), "seed": manifest.get("seed"), "adapter": arguments.adapter,
                   "tuned_adapter": arguments.tuned_adapter, "chunk": manifest["ttt"]["chunk"] if ttt else None, "clip": arguments.clip, "modes": together("modes", arguments.modes),
                   "tasks": together("tasks", {item.task for item in items}), "lengths": together("lengths", {item.length for item in items}),
-                  "left_out": left_out, "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
+                  "left_out": together("left_out", left_out), "window": loaded.model.config.get_text_config().max_position_embeddings, **provenance(),
                   "device": reason.split(",")[0], "batch_tokens": arguments.batch_tokens, "identity": mine,
                   "started": utc(started)}
         jobs = plan(items, arguments.modes, done, arguments.batch_tokens)
         kinds = Counter((item.task, item.length) for item in items)
-        request = {"modes": arguments.modes, "tasks": sorted({task for task, _ in kinds}), "lengths": sorted({length for _, length in kinds}), "count": max(kinds.values())}
+        request = {"modes": arguments.modes, "texts": sorted(f"{task} {length}" for task, length in kinds), "count": max(kinds.values())}
         rows = ask_into(out, report, request, earlier, len(done), started, lambda rows_file: ask(loaded, ttt, jobs, others, rows_file), Group())
-    print(f"{rows} rows in {out}; next: python report_long.py {out}")
+    print(f"{rows} rows in {out}; next: python report_long.py {out} --out {out}/report")
 
 
 def ask(loaded: Loaded, ttt: InPlaceTTT | None, jobs: list[Job], others: dict[str, str], rows_file: Rows) -> None:

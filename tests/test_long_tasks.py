@@ -103,7 +103,7 @@ def test_items_with_a_real_tokenizer(name, smollm, essays):
         for item in make_any(name, smollm, length, 2, essays):
             room = length - item.new_tokens
             assert room - MARGIN.get(name, 30) <= item.tokens <= room
-            whole = len(smollm(item.prompt).input_ids)
+            whole = len(smollm(item.document + item.question).input_ids)
             assert abs(whole - item.tokens) <= 1 and whole <= length
             check_answers(item)
 
@@ -225,7 +225,7 @@ def test_essays_that_cannot_be_read(tmp_path, bytes_, content, words):
     ("string_match_all", " 12 and\x0234", ["12", "34"], 1), ("string_match_all", "ABC", ["abc", "xyz"], 0.5), ("string_match_all", "", ["a"], 0),
     ("string_match_part", "the Xyz", ["abc", "xyz"], 1), ("string_match_part", "none", ["abc", "xyz"], 0),
     ("first_word", " Copper\nfoo", ["copper"], 1), ("first_word", "coppery", ["copper"], 0), ("first_word", "a copper", ["copper"], 0),
-    ("first_word", "ad hoc, then", ["ad hoc"], 1),
+    ("first_word", "ad hoc, then", ["ad hoc"], 1), ("first_word", "wide-eyed", ["wide"], 0),
     ("substring_exact_match", " It was the River Tees.", ["river tees"], 1), ("substring_exact_match", "no\nRiver Tees", ["River Tees"], 0),
     ("substring_exact_match", "Tees", ["Tyne", "tees"], 1),
     ("label_match", " 4", ["4"], 1), ("label_match", "label: 4\nfoo", ["4"], 1), ("label_match", "Label: label: 4", ["4"], 1),
@@ -296,7 +296,7 @@ def longmemeval_file(path):
 def test_icl(tmp_path, bytes_, monkeypatch):
     folder = icl_folder(tmp_path)
     for item in make("helmet_icl_trec_coarse", bytes_, 600, 5, 0, folder):
-        assert item.prompt.startswith("Use the provided mapping from the text to label to assign a label to the text. "
+        assert (item.document + item.question).startswith("Use the provided mapping from the text to label to assign a label to the text. "
                                       'Only output "label: {label}" and nothing else. \n\nWh')
         assert re.fullmatch(r"\n\nWho wrote book \d\?\nlabel:", item.question)
         shown = re.findall(r"(Who|Where) is \w+ \d+\?\nlabel: (\d)", item.document)
@@ -419,9 +419,9 @@ def test_files_from_the_hub(tmp_path, bytes_, monkeypatch):
     monkeypatch.setenv("TTT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset", load)
     for _ in range(2):
-        sources = long_tasks.parse_sources(["helmet_icl_trec_coarse=hub", "vt=./hub"])
+        sources = long_tasks.parse_sources(["helmet_icl_trec_coarse=hub", "locomo=./hub"])
         items = make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, sources["helmet_icl_trec_coarse"])
-    assert items == make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, tmp_path / "published") and sources["vt"] == "./hub"
+    assert items == make("helmet_icl_trec_coarse", bytes_, 600, 2, 0, tmp_path / "published") and sources["locomo"] == "./hub"
     assert asked == [(("CogComp/trec",), {"revision": "refs/convert/parquet"})]
 
 
@@ -439,8 +439,9 @@ def test_the_dev_profile_needs_no_file(bytes_, monkeypatch):
     monkeypatch.setitem(PROFILES, "dev", long_tasks.Profile((4096,), 1))
     monkeypatch.delitem(TASKS, "cwe")  # its example alone has more bytes
     assert [item.task for item in profile_items("dev", bytes_, 0, {})] == [name for name in SYNTHETIC if name != "cwe"]
-    with pytest.raises(UserError, match="needs no file"):
-        list(profile_items("dev", bytes_, 0, {"vt": "x"}))
+    for source, said in (("vt=x", "needs no file"), ("typo=x", "no such task")):
+        with pytest.raises(UserError, match=said):
+            long_tasks.parse_sources([source])
 
 
 def test_several_processes_make_the_same_items(bytes_, tmp_path):

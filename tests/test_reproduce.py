@@ -136,6 +136,12 @@ def test_a_tiny_arm_is_trained_asked_and_then_left_alone(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.splitlines() == ["train tiny: nothing to do", "ask tiny (after train tiny): nothing to do"]
 
 
+def test_hidden_gpus_are_not_used(monkeypatch):
+    for named, seen in (("", []), ("1", ["1"]), ("0,2", ["0", "2"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert reproduce.visible_gpus() == seen
+
+
 @pytest.mark.parametrize("arguments, said", [(["--only", "smollm3"], "--only smollm3: unknown; use some of qwen-deep,"),
                                              (["--only", "qwen-deep"], "no GPU is visible")])
 def test_what_cannot_be_run_is_said_in_one_line(arguments, said, tmp_path):

@@ -1,5 +1,7 @@
 """Long-text tasks in three modes on tiny models, and the report: what a mode may see, what a gain is, and that nothing is mixed up."""
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -182,6 +184,8 @@ def test_a_write_can_be_clipped_down_to_the_base(long_run, adapter, model, tmp_p
     rows = long_run("--adapter", adapter, "--modes", "in_context,ttt_paper", "--clip", "1e-12")[3]
     assert said(rows, "ttt_paper") == said(rows, "in_context") and json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["clip"] == 1e-12
     assert "another clip" in long_run("--adapter", adapter, "--resume")[2]
+    code, _, err, _ = long_run("--adapter", adapter, "--clip", "inf", out="endless")
+    assert code == 2 and "--clip inf" in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "endless").exists()
     free = said(long_run("--adapter", adapter, "--modes", "ttt_paper", out="free")[3], "ttt_paper")
     assert said(long_run("--adapter", adapter, "--modes", "ttt_paper", "--clip", "1e9", out="wide")[3], "ttt_paper") == free != said(rows, "ttt_paper")
     whole = save_fast_weights(tmp_path / "whole", model, chunk=None)
@@ -236,8 +240,34 @@ def test_items_from_a_file_are_the_items_made_here(long_run, run_main, model, tm
     assert "no item" in call("broken")[2]
 
 
+@pytest.mark.parametrize("change, said", [({"answers": "Turin"}, "list of texts"), ({"answers": []}, "empty"), ({"length": 0}, "length 0"), ({"new_tokens": 0}, "new_tokens 0"),
+                                          ({"length": 5}, "length 5")])
+def test_an_item_that_cannot_be_asked_is_refused_with_its_line(run_main, model, tmp_path, change, said):
+    path = tmp_path / "items.jsonl"
+    write_items(make("mqar", load_model(model).tokenizer, LENGTH, 1, 0), path)
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change) + "\n", encoding="utf-8")
+    code, _, err = run_main(run_long.main, ["run_long.py", "--model", model, "--items", path, "--device", "cpu", "--out", tmp_path / "r"])
+    assert code == 2 and "items.jsonl line 1" in err and said in err and len(err.splitlines()) == 1 and not (tmp_path / "r").exists()
+
+
+def test_names_given_twice_are_asked_once_and_another_source_is_not_gone_on_with(run_main, model, tmp_path):
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for text, words in zip(texts, ("The sea was calm that year. ", "Nobody came to the old house. ")):
+        text.write_text(words * 400, encoding="utf-8")
+    call = lambda text, *more: run_main(run_long.main, ["run_long.py", "--model", model, "--tasks", "niah_single_2,niah_single_2", "--source", f"niah_single_2={text}", "--lengths", "1024,1024",
+                                                        "--modes", "in_context,in_context", "--count", 2, "--device", "cpu", "--out", tmp_path / "r", *more])
+    assert call(texts[0])[0] == 0 and len((tmp_path / "r/predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    code, _, err = call(texts[1], "--resume")
+    assert code == 2 and "niah_single_2-1024-s0-0" in err and "--source" in err and len(err.splitlines()) == 1
+    run = json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))
+    assert run["complete"] and run["rows"] == 2
+    code, _, err = run_main(run_long.main, ["run_long.py", "--model", model, "--tasks", "vt", "--source", f"niah_single_2={texts[0]}", "--device", "cpu", "--out", tmp_path / "n"])
+    assert code == 2 and "niah_single_2 is not among --tasks vt" in err and not (tmp_path / "n").exists()
+
+
 @pytest.mark.parametrize("more, named", [(["--modes", "ttt_strict"], "--adapter"), (["--modes", "magic"], "magic"), (["--count", "0"], "--count 0"), (["--workers", "0"], "--workers 0"),
-                                         (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "haystack"), (["--clip", "0.1"], "--clip 0.1")])
+                                         (["--lengths", "many"], "--lengths many"), (["--items", "some.jsonl"], "--items some.jsonl"), (["--tasks", "haystack"], "--tasks haystack"), (["--clip", "0.1"], "--clip 0.1"),
+                                         (["--source", "typo=/nowhere"], "--source typo"), (["--source", "vt=/nowhere"], "needs no file")])
 def test_bad_arguments(long_run, tmp_path, more, named):
     code, _, err, _ = long_run(*more)
     assert code == 2 and named in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
@@ -248,7 +278,7 @@ def test_bad_arguments(long_run, tmp_path, more, named):
 def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None, peak=None, batch=1):
     """mode_scores: {mode: {(task, length): scores}}."""
     folder.mkdir(parents=True)
-    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "document": f"{task}{i}", "task": task, "length": length, "score": score, "seconds": 1.0, "peak_gb": peak, "batch": batch}
+    rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "document": f"{task}{i}", "task": task, "length": length, "prompt_tokens": length - 8, "score": score, "seconds": 1.0, "peak_gb": peak, "batch": batch}
             for mode, cells in mode_scores.items() for (task, length), scores in cells.items() for i, score in enumerate(scores)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
@@ -278,7 +308,7 @@ def test_gains_are_paired_and_tasks_weigh_alike(tmp_path):
 def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
     base = fake_run(tmp_path / "base", {"in_context": {("a", 1024): [1.0, 0.0, 1.0]}}, arm="base")
     mine = fake_run(tmp_path / "mine", {"ttt_strict": {("a", 1024): [1.0, 1.0]}})
-    other = fake_run(tmp_path / "other", {"ttt_strict": {("a", 1024): [1.0, 1.0]}}, sha="another")
+    other = fake_run(tmp_path / "other", {"ttt_strict": {("a", 1024): [1.0, 1.0]}}, arm="other", sha="another")
     assert report_long.main([str(base), str(mine), str(other), "--out", str(tmp_path / "o")]) == 0
     report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
     assert cell(report, "a", "ttt_strict", 1)["gain"] == 0.5 and cell(report, "a", "ttt_strict", 1)["shared"] == 2 and report["arms"][1]["lent_by"] == "base"
@@ -320,6 +350,45 @@ def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items
     deaf = fake_run(tmp_path / "deaf", {"in_context": cells([0.0] * 2, [0.0] * 3, [0.0] * 2), "ttt_strict": cells([1.0] * 2, [1.0] * 3, [0.0] * 2)})
     assert report_long.main([str(deaf), "--out", str(tmp_path / "p")]) == 0  # a share of nothing is none
     assert "kept" not in cell(json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8")), report_long.ALL, "ttt_strict")
+
+
+def test_two_readers_are_held_apart_in_whatever_order_they_are_named(tmp_path):
+    cells = lambda *scores: {("a", 1024): list(scores)}
+    good, bad = (fake_run(tmp_path / name, {"in_context_tuned": cells(*scores)}, arm=name) for name, scores in (("good", (1.0, 0.8)), ("bad", (0.0, 0.2))))
+    mine = fake_run(tmp_path / "mine", {"in_context": cells(0.1, 0.1), "ttt_strict": cells(0.5, 0.4)})
+    for order in ((good, bad, mine), (bad, good, mine)):
+        assert report_long.main([*map(str, order), "--out", str(tmp_path / order[0].name / "o")]) == 0
+        report = json.loads((tmp_path / order[0].name / "o/report.json").read_text(encoding="utf-8"))
+        assert cell(report, "a", "ttt_strict", 2)["kept"] == pytest.approx(0.45 / 0.9)
+
+
+def test_a_gain_is_over_the_tasks_that_both_were_asked_and_short_prompts_are_said(tmp_path):
+    base = fake_run(tmp_path / "base", {"in_context": {("a", 1024): [1.0, 0.0, 1.0]}}, arm="base")
+    mine = fake_run(tmp_path / "mine", {"ttt_paper": {("a", 1024): [1.0, 1.0, 1.0, 1.0], ("b", 1024): [0.0, 0.0]}})
+    rows = (mine / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    (mine / "predictions.jsonl").write_text("".join(json.dumps(row | {"prompt_tokens": 600} if row["task"] == "b" else row) + "\n" for row in map(json.loads, rows)), encoding="utf-8")
+    assert report_long.main([str(base), str(mine), "--out", str(tmp_path / "o")]) == 0
+    report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
+    assert "gain" not in cell(report, report_long.ALL, "ttt_paper", 1) and cell(report, "a", "ttt_paper", 1)["gain"] == pytest.approx(1 / 3)
+    written = report_long.tables(report)
+    assert "(n 3)" in written and "| b | 1,024 (600) | 2 |" in written and "| a | 1,024 | 4 (in_context 3) |" in written
+
+
+def test_two_trainings_of_one_name_are_refused(tmp_path, capsys):
+    one, other = (fake_run(tmp_path / name, {"ttt_paper": {("a", 1024): [1.0]}}, identity={"adapter_sha256": name}) for name in ("one", "other"))
+    assert report_long.main([str(one), str(other), "--out", str(tmp_path / "o")]) == 2
+    err = capsys.readouterr().err
+    assert "one and other: both are arm on tiny" in err and len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
+
+
+def test_the_report_of_all_runs_is_not_overwritten_by_one_of_some(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = fake_run(tmp_path / "r", {"in_context": {("a", 1024): [1.0]}})
+    assert report_long.main([str(run)]) == 2 and "--out" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    assert report_long.main([str(run), "--out", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err
+    assert "report_long.py: error: " in err and len(err.splitlines()) == 1
 
 
 def test_questions_about_one_text_stand_or_fall_together(tmp_path):
@@ -399,6 +468,27 @@ def test_of_an_unfinished_run_the_whole_lengths_are_scored_when_asked_for(tmp_pa
     report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))["arms"][0]
     assert {(c["task"], c["length"], c["score"]) for c in report["cells"]} == {("a", 1024, 0.5), ("b", 1024, 1.0), ("mean over tasks", 1024, 0.75)}
     assert report["left_out"] == ["in_context at 2048 tokens: not finished", "in_context at 4096 tokens: not finished"]
+    texts = {"command": "python run_long.py --resume", "modes": ["in_context"], "texts": ["a 1024", "a 2048", "b 1024"], "count": 2}  # b begins and ends at 1,024
+    (half / "run.json").write_text(json.dumps(run | {"unfinished": [texts]}), encoding="utf-8")
+    assert report_long.main([str(half), "--out", str(tmp_path / "p"), "--allow-incomplete"]) == 0
+    assert json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8"))["arms"][0]["left_out"] == []
+
+
+def test_rows_that_a_kill_cut_are_not_read_and_a_run_without_a_whole_length_is_named(tmp_path, capsys):
+    half = fake_run(tmp_path / "u", {"in_context": {("a", 1024): [1.0, 0.0]}}, complete=False)
+    rows, run = (half / "predictions.jsonl").read_bytes(), json.loads((half / "run.json").read_text(encoding="utf-8"))
+    (half / "predictions.sums").write_text(f"{len(rows)} {hashlib.sha256(rows).hexdigest()}\n", encoding="utf-8")
+    (half / "predictions.jsonl").write_bytes(rows + '{"condition": "in_context", "sample_id": "\u00e9'.encode()[:-1])
+    call = lambda *runs: report_long.main([*map(str, runs), "--out", str(tmp_path / "o"), "--allow-incomplete"])
+    begun = {"command": "python run_long.py --resume", "modes": ["in_context"], "texts": ["a 1024"]}
+    (half / "run.json").write_text(json.dumps(run | {"unfinished": [begun | {"count": 2}]}), encoding="utf-8")
+    assert call(half) == 0
+    (half / "run.json").write_text(json.dumps(run | {"unfinished": [begun | {"count": 3}]}), encoding="utf-8")
+    shutil.rmtree(tmp_path / "o")
+    capsys.readouterr()
+    assert call(half) == 2 and "no length of it is whole yet" in capsys.readouterr().err and not (tmp_path / "o").exists()
+    other = fake_run(tmp_path / "v", {"in_context": {("a", 1024): [1.0, 0.0]}}, arm="other")
+    assert call(half, other) == 0 and "- u: begun, no length of it is whole yet" in (tmp_path / "o/tables.md").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_scored_is_named(tmp_path, capsys):

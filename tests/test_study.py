@@ -282,6 +282,10 @@ def test_the_benchmark_asks_such_an_arm_and_its_untouched_base(model, adapter, r
     code, _, err = run_main(run_experiment.main, asked)
     made = json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))
     assert code == 0 and made["frozen"] is False and made["ttt"]["w_down"], err
+    assert run_main(run_experiment.main, ["run_experiment.py", "--model", model, "--conditions", "A_context", "--levels", "1", "--lang", "en", "--limit", 1, "--device", "cpu",
+                                          "--out", tmp_path / "b"])[0] == 0
+    said = lambda folder: {row["probe_id"]: row["prediction"] for row in map(json.loads, (tmp_path / folder / "predictions.jsonl").open(encoding="utf-8")) if row["condition"] == "A_context"}
+    assert said("r") == said("b") and said("b")
 
 
 @pytest.mark.parametrize("arm, said", [({"frozen": True}, "frozen base"), ({"frozen": False, "w_down": True}, "W_down of its TTT layers trained too"),
@@ -475,7 +479,9 @@ def test_long_texts_that_are_answered_are_not_asked_again(tmp_path):
     ((folder, *_),) = reproduce.long_runs(row, tmp_path)
     run_file = folder / "run.json"
     run_file.parent.mkdir(parents=True)
-    for found, left in (({"complete": False, "modes": ["ttt_paper", "ttt_strict"]}, 1), ({"complete": True, "modes": ["ttt_paper"]}, 1),
-                        ({"complete": True, "modes": ["in_context", "ttt_paper", "ttt_strict"]}, 0)):
-        run_file.write_text(json.dumps(found), encoding="utf-8")
+    whole = {"complete": True, "modes": ["in_context", "ttt_paper", "ttt_strict"], "tasks": ["mqar", "vt"], "lengths": [1024, 2048, 4096, 8192], "rows": 3 * 2 * 4 * 20,
+             "command": "python run_long.py --count 20"}
+    for change, left in (({"complete": False}, 1), ({"modes": ["ttt_paper"], "rows": 160}, 1), ({"lengths": [1024], "rows": 120}, 1), ({"rows": 96}, 1),
+                         ({"command": "python run_long.py --tasks mqar,vt"}, 1), ({}, 0)):
+        run_file.write_text(json.dumps(whole | change), encoding="utf-8")
         assert len(reproduce.questions(row, tmp_path)) == left
