@@ -61,7 +61,7 @@ def in_halves(jobs: Iterable, ask: Callable[[Job], list[dict]], bar) -> Iterator
                 yield job, rows
                 continue
             if job.count == 1:
-                raise UserError(f"{job.first} {job.kind}: the device has no memory for one question; use bfloat16, "
+                raise UserError(f"{job.first} {job.kind}: the device has no memory for one question; use dtype bfloat16, "
                                 "a shorter text, or a device with more memory")
             fits[job.kind] = -(-job.count // 2)
             bar.write(f"out of memory at {job.count} questions of {job.kind}: from here on at most {fits[job.kind]} at once", file=sys.stderr)

@@ -515,7 +515,7 @@ def test_no_memory_for_one_question_is_one_clear_error(kit, call, tmp_path, monk
     monkeypatch.setattr(run_experiment, "answer", none)
     model, adapter = kit("tiny-llama")
     code, _, err = call(command(tmp_path, "--model", model, "--adapter", adapter, "--benchmark", kit.benchmark, *RESUMED))
-    assert code == 2 and "no memory for one question; use --dtype bfloat16" in err.splitlines()[-1] and "Traceback" not in err
+    assert code == 2 and "no memory for one question; use dtype bfloat16" in err.splitlines()[-1] and "Traceback" not in err
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["complete"] is False
 
 
