@@ -90,6 +90,11 @@ def is_retrieval(task: str) -> bool:
     return task.startswith("niah_") or task == "mqar"
 
 
+def beyond(lengths, window: int) -> list[str]:
+    """What is said of each length that a model's window does not hold."""
+    return [f"length {length}: the model's window is {window} tokens" for length in lengths if length > window]
+
+
 def make(task: str, tokenizer, length: int, count: int, seed: int, source=None) -> list[Item]:
     """`count` items whose prompt and answer together take at most `length` tokens, and as close to it as their units allow.
 

@@ -22,7 +22,7 @@ from intervals import Bootstrap, interval, pooled
 from long_figures import ALL, ORDER, RETRIEVAL, draw, named
 from long_modes import DROPPED
 from long_ruler import QUERIES
-from long_tasks import is_retrieval
+from long_tasks import PROFILES, beyond, is_retrieval
 from manifests import write_json
 from report_tables import around_block, with_interval
 from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
@@ -198,6 +198,7 @@ def tables(report: dict, means: bool = False) -> str:
     """A table an arm (scores by mode and length, gains over in_context), then the runs. means: of an arm that was asked several tasks their means alone."""
     lines = ["Scores are the tasks' published metrics (python long_tasks.py --list); [low, high]: 95% bootstrap over texts, of which mqar has one for eight questions. tokens: of prompt and answer (in brackets the prompts' median, where a task's texts end below three quarters of that). gain: over in_context, same items. "
              "kept: over the higher of in_context and in_context_tuned, of those that were asked. n: of the items that all of them answered, where these are fewer." + " Of all tasks one by one: results/long/tables.md." * means]
+    lines += [""] * bool(report["left_out"]) + [f"- left out of all arms of {line}" for line in report["left_out"]]
     for arm in report["arms"]:
         modes = list(dict.fromkeys(cell["mode"] for cell in arm["cells"]))
         gains, kept = [mode for mode in modes if mode != "in_context"], [mode for mode in DROPPED if any("kept" in cell for cell in arm["cells"] if cell["mode"] == mode)]
@@ -241,9 +242,11 @@ def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) ->
         raise ResultsError(f"{folders[0]}: no length of it is whole yet; finish it with run_long.py --resume")
     begun = [run["name"] for run in loaded if not any(run["rows"].values())]
     lend(runs)
-    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "runs", "left_out", "window")
-    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "begun": begun,
-            "arms": [{name: run.get(name) for name in keep} | {"lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
+    unheld = dict.fromkeys((run["model"], line) for run in runs for line in beyond(PROFILES["full"].lengths, run["window"]))  # asked or not; said once a model
+    keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "runs", "window")
+    own = lambda run: [line for line in run["left_out"] if (run["model"], line) not in unheld]
+    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "begun": begun, "left_out": [f"{model}: {line}" for model, line in unheld],
+            "arms": [{name: run.get(name) for name in keep} | {"left_out": own(run), "lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
 
 
 def main(arguments=None) -> int:

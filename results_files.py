@@ -19,7 +19,7 @@ RUN_FIELDS = {"arm": (str,), "model": (str,), "frozen": (bool,), "objective": (s
               "adapter": (str, type(None)), "benchmark": (dict,), "conditions": (list,), "levels": (list,),
               "langs": (list,), "commit": (str,), "command": (str,), "versions": (dict,), "device": (str,),
               "dtype": (str,), "complete": (bool,), "rows": (int,)}
-LONG_RUN_FIELDS = {"arm": (str,), "model": (str,), "modes": (list,), "tasks": (list,), "lengths": (list,), "left_out": (list,), "commit": (str,),
+LONG_RUN_FIELDS = {"arm": (str,), "model": (str,), "modes": (list,), "tasks": (list,), "lengths": (list,), "left_out": (list,), "window": (int,), "commit": (str,),
                    "command": (str,), "device": (str,), "identity": (dict,), "complete": (bool,), "adapter": (str, type(None)), "rows": (int,)}  # of run_long.py
 ROW_FIELDS = {"sample_id": (str,), "level": (int,), "lang": (str,), "probe_id": (str,), "condition": (str,),
               "gold": (str,), "aliases": (list,), "prediction": (str,), "update_norm": (float, int, type(None)),

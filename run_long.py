@@ -142,7 +142,7 @@ def choose_items(arguments, loaded: Loaded) -> tuple[list[Item], list[str]]:
         left_out = [f"{name} at {length} tokens: it begins at {long_tasks.TASKS[name].shortest}" for name, length in late]
         items = long_tasks.make_all([(name, loaded.tokenizer, length, arguments.count or profile.count, arguments.seed, sources.get(name))
                                      for length in lengths if length <= window for name in wanted if (name, length) not in late], arguments.workers)
-    left_out += [f"length {length}: the model's window is {window} tokens" for length in lengths if length > window]
+    left_out += long_tasks.beyond(lengths, window)
     items = [item for item in items if item.length <= window]
     if not items:
         raise UserError(f"nothing to ask: {'; '.join(left_out)}")

@@ -221,7 +221,7 @@ def test_verify_holds_a_run_to_its_manifest(long_run, adapter, tmp_path, capsys)
 def test_a_length_beyond_the_window_is_left_out_and_said(long_run, tmp_path):
     code, text, _, rows = long_run("--lengths", "1024,65536")
     assert code == 0 and "left out: length 65536" in text and {row["length"] for row in rows} == {1024}
-    assert json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["left_out"]
+    assert json.loads((tmp_path / "r/run.json").read_text(encoding="utf-8"))["left_out"] == ["length 65536: the model's window is 32768 tokens"]
     code, _, err, _ = long_run("--lengths", "65536", out="none")
     assert code == 2 and "nothing to ask" in err and not (tmp_path / "none").exists()
 
@@ -275,14 +275,14 @@ def test_bad_arguments(long_run, tmp_path, more, named):
 
 # ---- the report ----
 
-def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None, peak=None, batch=1):
+def fake_run(folder, mode_scores, arm="arm", complete=True, sha="s", objective="recall", chunk=64, identity=None, peak=None, batch=1, window=32768):
     """mode_scores: {mode: {(task, length): scores}}."""
     folder.mkdir(parents=True)
     rows = [{"condition": mode, "sample_id": f"{task}-{length}-{i}", "document": f"{task}{i}", "task": task, "length": length, "prompt_tokens": length - 8, "score": score, "seconds": 1.0, "peak_gb": peak, "batch": batch}
             for mode, cells in mode_scores.items() for (task, length), scores in cells.items() for i, score in enumerate(scores)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({
-        "arm": arm, "model": "tiny", "modes": sorted(mode_scores), "tasks": [], "lengths": [], "left_out": [], "commit": "c", "command": "python run_long.py", "device": "cpu",
+        "arm": arm, "model": "tiny", "modes": sorted(mode_scores), "tasks": [], "lengths": [], "left_out": [], "window": window, "commit": "c", "command": "python run_long.py", "device": "cpu",
         "identity": {"model_sha256": sha, "dtype": "float32", "item_seeds": [0]} | (identity or {}), "complete": complete, "objective": objective, "chunk": chunk, "adapter": None, "rows": len(rows)}), encoding="utf-8")
     return folder
 
@@ -417,6 +417,24 @@ def test_runs_of_one_arm_are_one_and_the_same_answer_twice_is_refused(tmp_path, 
     again = fake_run(tmp_path / "again", {"ttt_strict": {("a", 1024): [0.0]}})
     assert report_long.main([str(short), str(again), "--out", str(tmp_path / "p")]) == 2
     assert "again: ttt_strict answers a-1024-0, as another run of arm does" in capsys.readouterr().err
+
+
+def test_lengths_that_a_models_window_does_not_hold_are_named_once_for_all_its_arms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "mine"):
+        fake_run(tmp_path / f"results/long/{name}", {"in_context": {("a", 1024): [1.0, 0.0]}}, arm=name, window=8192)
+    asked = tmp_path / "results/long/mine/run.json"  # where such a length was asked run.json says it too, as of others
+    said = ["length 32768: the model's window is 8192 tokens", "length 65536: the model's window is 8192 tokens", "cwe at 1024 tokens: it begins at 2048"]
+    asked.write_text(json.dumps(json.loads(asked.read_text(encoding="utf-8")) | {"left_out": said}), encoding="utf-8")
+    (tmp_path / "RESULTS.md").write_text("<!-- long-tasks:begin -->\n<!-- long-tasks:end -->\n", encoding="utf-8")
+    assert report_long.main([]) == 0
+    report = json.loads((tmp_path / "results/long/report.json").read_text(encoding="utf-8"))
+    assert [arm["left_out"] for arm in report["arms"]] == [[], said[1:]]
+    for written in (tmp_path / name for name in ("RESULTS.md", "results/long/tables.md")):
+        lines = [line for line in written.read_text(encoding="utf-8").splitlines() if line.startswith("- left out")]
+        assert lines == [*(f"- left out of all arms of tiny: length {length}: the model's window is 8192 tokens" for length in (16384, 32768)), *(f"- left out: {line}" for line in said[1:])]
+    wide = fake_run(tmp_path / "wide", {"in_context": {("a", 1024): [1.0]}})
+    assert report_long.main([str(wide), "--out", str(tmp_path / "o")]) == 0 and "left out" not in (tmp_path / "o/tables.md").read_text(encoding="utf-8")
 
 
 def test_results_md_gets_its_block_and_keeps_the_rest(tmp_path, monkeypatch):
