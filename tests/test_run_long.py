@@ -1,4 +1,4 @@
-"""Long-text tasks in three modes on tiny models, and the report: what a mode may see, what a gain is, and that nothing is mixed up."""
+"""Long-text tasks on tiny models in the modes of run_long.py (ttt_empty: test_study.py), and the report: what a mode may see, what a gain is, and that nothing is mixed up."""
 import hashlib
 import json
 import shutil
