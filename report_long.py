@@ -48,7 +48,7 @@ def load(folder: Path, incomplete: bool = False) -> dict:
             raise ResultsError(f"{where}: field 'condition' is {row['condition']!r}, must be one of {', '.join(ORDER)}; {mend}")
         if row["sample_id"] in rows[row["condition"]]:
             raise ResultsError(f"{where}: {row['condition']} answers {row['sample_id']} a second time; {mend}")
-        rows[row["condition"]][row["sample_id"]] = row
+        rows[row["condition"]][row["sample_id"]] = row | {"run": folder.name}
     cut = unfinished(run, rows)
     for mode, length in cut:
         rows[mode] = {item: row for item, row in rows[mode].items() if row["length"] != length}
@@ -90,7 +90,8 @@ def joined(runs: list[dict]) -> list[dict]:
 
 
 def lend(runs: list[dict]) -> None:
-    """in_context rows of another run of the same base, for the items that a run asked otherwise; and in "readers" the rows of each LoRA that reads these in context."""
+    """in_context rows of another run of the same base, for the items that a run asked otherwise; in "readers" the rows of each LoRA that reads these in context; and in
+    "lent_by" of each of its "runs" the folders whose in_context rows serve the items of that folder."""
     same = lambda a, b: all(a["identity"][name] == b["identity"][name] for name in ("model_sha256", "dtype", "item_seeds"))
     own = [dict(run["rows"].get("in_context", {})) for run in runs]  # a row is lent by the run that it is of
     for run in runs:
@@ -98,10 +99,10 @@ def lend(runs: list[dict]) -> None:
         run["readers"] = [{item: row for item, row in other["rows"].get(TUNED, {}).items() if item in asked} for other in runs if same(run, other)]
         for other, rows in zip(runs, own):
             if other is not run and same(run, other):
-                missing = {item: row for item, row in rows.items() if item in asked - run["rows"]["in_context"].keys()}
-                run["rows"]["in_context"] |= missing
-                if missing:
-                    run["lent_by"] = other["name"]
+                run["rows"]["in_context"] |= {item: row for item, row in rows.items() if item in asked - run["rows"]["in_context"].keys()}
+        for one in run["runs"]:
+            items = {item for rows in run["rows"].values() for item, row in rows.items() if row["run"] == one["name"]}
+            one["lent_by"] = sorted({row["run"] for item, row in run["rows"]["in_context"].items() if item in items} - {one["name"]})
 
 
 # ---- scores ----
@@ -220,7 +221,7 @@ def tables(report: dict, means: bool = False) -> str:
                 + [of_fewer(found.get(m, {}), "kept", "kept_n") for m in kept]) + " |")
         lines += [""] * bool(arm["left_out"]) + [f"- left out: {line}" for line in arm["left_out"]]
     lines += ["", "Runs:", ""]
-    lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {arm['lent_by']}" if arm["lent_by"] else "")
+    lines += [f"- {run['name']}: commit {run['commit']}, {run['device']}, `{run['command']}`" + (f"; in_context of {', '.join(run['lent_by'])}" if run["lent_by"] else "")
               for arm in report["arms"] for run in arm["runs"]]
     lines += [f"- {name}: begun, no length of it is whole yet" for name in report["begun"]]
     return "\n".join(lines) + "\n"
@@ -246,7 +247,7 @@ def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) ->
     keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "runs", "window")
     own = lambda run: [line for line in run["left_out"] if (run["model"], line) not in unheld]
     return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "begun": begun, "left_out": [f"{model}: {line}" for model, line in unheld],
-            "arms": [{name: run.get(name) for name in keep} | {"left_out": own(run), "lent_by": run.get("lent_by"), "cells": cells_of(run, settings)} for run in runs]}
+            "arms": [{name: run.get(name) for name in keep} | {"left_out": own(run), "cells": cells_of(run, settings)} for run in runs]}
 
 
 def main(arguments=None) -> int:

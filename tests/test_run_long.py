@@ -311,11 +311,23 @@ def test_a_base_lends_its_rows_to_arms_of_the_same_weights_only(tmp_path):
     other = fake_run(tmp_path / "other", {"ttt_strict": {("a", 1024): [1.0, 1.0]}}, arm="other", sha="another")
     assert report_long.main([str(base), str(mine), str(other), "--out", str(tmp_path / "o")]) == 0
     report = json.loads((tmp_path / "o/report.json").read_text(encoding="utf-8"))
-    assert cell(report, "a", "ttt_strict", 1)["gain"] == 0.5 and cell(report, "a", "ttt_strict", 1)["shared"] == 2 and report["arms"][1]["lent_by"] == "base"
-    assert "gain" not in cell(report, "a", "ttt_strict", 2) and report["arms"][2]["lent_by"] is None
+    assert cell(report, "a", "ttt_strict", 1)["gain"] == 0.5 and cell(report, "a", "ttt_strict", 1)["shared"] == 2
+    lent = lambda report: [[run["lent_by"] for run in arm["runs"]] for arm in report["arms"]]
+    assert "gain" not in cell(report, "a", "ttt_strict", 2) and lent(report) == [[[]], [["base"]], [[]]]
     again = fake_run(tmp_path / "again", {"ttt_paper": {("a", 1024): [1.0]}}, arm="again")
     assert report_long.main([str(mine), str(again), str(base), "--out", str(tmp_path / "p")]) == 0
-    assert [arm["lent_by"] for arm in json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8"))["arms"]] == ["base", "base", None]
+    assert lent(json.loads((tmp_path / "p/report.json").read_text(encoding="utf-8"))) == [[["base"]], [["base"]], [[]]]
+
+
+def test_each_folder_names_the_folders_whose_in_context_rows_serve_its_items(tmp_path):
+    cells = lambda *lengths: {("a", length): [1.0, 0.0] for length in lengths}
+    near, far = fake_run(tmp_path / "base", {"in_context": cells(1024, 2048)}, arm="base"), fake_run(tmp_path / "base-at-4096", {"in_context": cells(4096)}, arm="base")
+    mine = [fake_run(tmp_path / name, {"ttt_paper": cells(*lengths)}) for name, lengths in (("mine", (1024, 2048)), ("mine-at-4096", (4096,)))]
+    strict = fake_run(tmp_path / "mine-strict", {"ttt_strict": cells(1024, 4096)})
+    both = fake_run(tmp_path / "both", {"in_context": cells(1024), "ttt_paper": cells(1024, 4096)}, arm="both")  # its own rows, and a base's
+    assert report_long.main([*map(str, (near, far, *mine, strict, both)), "--out", str(tmp_path / "o")]) == 0
+    named = {line.split(":")[0][2:]: line.split("in_context of ")[1:] for line in (tmp_path / "o/tables.md").read_text(encoding="utf-8").split("Runs:")[1].splitlines() if line}
+    assert named == {"base": [], "base-at-4096": [], "mine": ["base"], "mine-at-4096": ["base-at-4096"], "mine-strict": ["base, base-at-4096"], "both": ["base-at-4096"]}
 
 
 def test_what_a_memory_keeps_is_held_against_the_better_reader_of_the_same_items(tmp_path):
