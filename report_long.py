@@ -237,16 +237,17 @@ def of_fewer(cell: dict, name: str, n: str) -> str:
 # ---- the script ----
 
 def build(folders: list[Path], settings: Bootstrap, incomplete: bool = False) -> dict:
-    loaded = [load(folder, incomplete) for folder in folders]
-    runs = joined([run for run in loaded if any(run["rows"].values())])
-    if not runs:
+    whole, begun = [], []
+    for run in (load(folder, incomplete) for folder in folders):
+        (whole if any(run["rows"].values()) else begun).append(run)
+    if not whole:
         raise ResultsError(f"{folders[0]}: no length of it is whole yet; finish it with run_long.py --resume")
-    begun = [run["name"] for run in loaded if not any(run["rows"].values())]
+    runs = joined(whole)
     lend(runs)
     unheld = dict.fromkeys((run["model"], line) for run in runs for line in beyond(PROFILES["full"].lengths, run["window"]))  # asked or not; said once a model
     keep = ("name", "arm", "model", "objective", "frozen", "seed", "chunk", "clip", "runs", "window")
     own = lambda run: [line for line in run["left_out"] if (run["model"], line) not in unheld]
-    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "begun": begun, "left_out": [f"{model}: {line}" for model, line in unheld],
+    return {"bootstrap": {"resamples": settings.resamples, "seed": settings.seed}, "begun": [run["name"] for run in begun], "left_out": [f"{model}: {line}" for model, line in unheld],
             "arms": [{name: run.get(name) for name in keep} | {"left_out": own(run), "cells": cells_of(run, settings)} for run in runs]}
 
 
