@@ -176,7 +176,7 @@ def parse_arguments() -> argparse.Namespace:
         arm.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: the row)")
     data = parser.add_argument_group("the data")
     data.add_argument("--data", default="bank", help=f"bank; for lm also {', '.join([*BUILTIN, *CORPORA])}, or a .txt or .jsonl file; else also needles (default: %(default)s)")
-    data.add_argument("--length", type=int, help="tokens of an lm row, texts joined up to it; else of a conversation, filled up with prose "
+    data.add_argument("--length", type=int, help="tokens of an lm row, texts joined up to it; else of a conversation, filled up with prose and never longer "
                       f"(default: for lm {LM_LENGTH} at most, one text a row, but for --form study {LM_LENGTH}; else the conversation as it is)")
     data.add_argument("--lang", help="languages of the bank (default: those of the model's row)")
     data.add_argument("--conversations", type=int, help=f"conversations per update (default: {CONVERSATIONS}, or what fits the model's row)")
@@ -345,6 +345,7 @@ def train_arm(group: Group) -> None:
                                   lr=arguments.lr, weight_decay=arguments.weight_decay)
     first = updates_before(arm.start)
     dataset, data_sha = make_dataset(arguments, config, loaded, langs, first)
+    dataset[first]  # what cannot be drawn is refused before anything is trained or written
     manifest = {"arm": arguments.arm, "model": row.name, "model_sha256": loaded.sha256, "objective": arguments.objective,
                 "frozen": arm.frozen, "seed": arguments.seed, "start": arm.start, "ttt": config.to_dict() if config else None,
                 "lora": LORA if arm.lora else None, "data": arguments.data, "langs": list(langs), "data_sha256": data_sha,

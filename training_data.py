@@ -88,7 +88,8 @@ class BankDataset(Dataset):
     one memory. In groups of two and more, unrelated prose takes the place of one conversation in every second group of each language.
     calm: whether every eighth update also brings prose to be read with a memory attached. foreign: whether every fourth one brings
     questions about conversations that are not in memory.
-    length: tokens of a conversation, filled up with passages of prose as far as whole ones go (all updates are then alike); None: as it is.
+    length: tokens of a conversation, filled up with passages of prose as far as whole ones go (all updates are then alike); UserError for one that is longer by
+    itself. None: as it is.
     """
 
     def __init__(self, tokenizer, langs, updates: int, conversations: int, probes: int, seed: int, shown: bool, groups=(1,), calm=False, foreign=False,
@@ -137,9 +138,9 @@ class BankDataset(Dataset):
         chosen = rng.sample(sample["probes"], min(probes or self.probes, len(sample["probes"])))
         pairs = [(tail(p["question"]), prompts.answer_ids(self.tokenizer, lang, p["gold_answer"])) for p in chosen]
         if shown:
-            return Example([], head + prompts.encode(self.tokenizer, sample["conversation"]), pairs)
+            return Example([], head + self.held(prompts.encode(self.tokenizer, sample["conversation"])), pairs)
         places = Places(self.tokenizer, lang, sample)
-        return Example(places.ids, head, pairs, places.worth(), [places.addresses(probe) for probe in chosen])
+        return Example(self.held(places.ids), head, pairs, places.worth(), [places.addresses(probe) for probe in chosen])
 
     def draw(self, rng: random.Random, lang: str, prose: int | None, topics, facts: int | None) -> dict:
         """A text, its facts and what it may be asked (facts: how many, where the text is to be a short one)."""
@@ -150,13 +151,20 @@ class BankDataset(Dataset):
         return prompts.head_ids(self.tokenizer, lang, with_text=shown), lambda question: prompts.tail_ids(self.tokenizer, lang, question)
 
     def filled(self, rng: random.Random, lang: str, topics) -> dict:
-        """A conversation with as many whole passages as `length` tokens hold; without any where it is longer by itself. Drawn anew until it fits."""
+        """A conversation with as many whole passages as `length` tokens hold, drawn anew until it fits; without any where it is longer by itself."""
         passages = min(len(training_bank.passages(lang)), self.length // passage_tokens(self.tokenizer, lang))
         while True:
             sample = training_bank.sample_conversation(rng, lang, "train", None, passages, topics)
             if not passages or len(prompts.written_ids(self.tokenizer, sample["conversation"])) <= self.length:
                 return sample
             passages -= 1
+
+    def held(self, ids: list[int]) -> list[int]:
+        """A text's tokens; UserError for more than `length`."""
+        if self.length is not None and len(ids) > self.length:
+            raise UserError(f"--length {self.length}: a conversation has {len(ids)} tokens by itself, and others may have more; give a longer one, "
+                            "or leave --length out")
+        return ids
 
     def prose(self, rng: random.Random, lang: str) -> Example:
         """A row that is written and asked nothing."""
@@ -348,10 +356,28 @@ def from_hub(source: str) -> tuple[list[str], str]:
     return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+class Told(Dataset):
+    """A dataset's items from `start` on; in place of one that a UserError refused the error, which a worker process would send as a traceback's text."""
+
+    def __init__(self, dataset: Dataset, start: int):
+        self.dataset, self.start = dataset, start
+
+    def __len__(self) -> int:
+        return len(self.dataset) - self.start
+
+    def __getitem__(self, index: int):
+        try:
+            return self.dataset[self.start + index]
+        except UserError as error:
+            return error
+
+
 def batches(dataset: Dataset, workers: int, start: int = 0):
-    """The dataset's items in order, made ahead by worker processes."""
-    rest = torch.utils.data.Subset(dataset, range(start, len(dataset)))
-    return DataLoader(rest, batch_size=None, num_workers=workers, collate_fn=None, prefetch_factor=4 if workers else None)
+    """The dataset's items in order, made ahead by worker processes; a UserError in its item's place."""
+    for item in DataLoader(Told(dataset, start), batch_size=None, num_workers=workers, collate_fn=None, prefetch_factor=4 if workers else None):
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
 @dataclass(frozen=True)

@@ -397,13 +397,30 @@ def test_conversations_are_filled_with_whole_passages_up_to_the_length(a_short_b
     dataset = BankDataset(tokenizer, ("en", "zh"), 5, 4, 4, 0, shown=False, foreign=True, length=1500)
     lengths = [len(example.written) for update in range(5) for example in dataset[update].examples]
     assert len(lengths) == dataset.seen(0, 5) == 20 and max(lengths) <= 1500 and sum(lengths) / 20 > 1100
-    short = BankDataset(tokenizer, ("en",), 1, 2, 4, 0, shown=False, length=10)[0].examples  # no passage fits, and no conversation either
-    assert all(10 < len(example.written) < 1200 and example.pairs for example in short)
     text = tokenizer.decode(dataset[0].examples[0].written)
     inside = [passage for passage in training_bank.passages("en") if " ".join(passage.split()) in text]
     assert len(inside) >= 3
     foreign = [example for update in range(5) for example in dataset[update].foreign]
     assert foreign and all(example.prompt_tokens < 1500 for example in foreign)
+
+
+@pytest.mark.parametrize("more", [(), ("--objective", "context"), ("--data", "needles")], ids=["recall", "context", "needles"])
+def test_a_length_below_a_conversations_own_is_one_clear_line_before_anything_is_written(more, tmp_path, call):
+    code, _, err = call(["train_minimal.py", "--model", "tiny-llama", "--out", tmp_path, "--updates", 2, "--conversations", 2, "--workers", 0, "--device", "cpu", "--length", 40,
+                         *(more if "context" in more else ("--form", "study", "--groups", 1, "--chunk", 16, *more))])
+    assert code == 2 and "--length 40: a conversation has " in err and "give a longer one, or leave --length out" in err and len(err.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_later_conversation_longer_than_the_length_ends_the_training_in_one_line_and_keeps_its_checkpoint(workers, tmp_path, call, monkeypatch):
+    drawn = BankDataset.__getitem__
+    monkeypatch.setattr(BankDataset, "__getitem__", lambda self, update: drawn(self, update) if update < 2 else self.held([0] * 1501))
+    code, _, err = call(command(tmp_path, "--form", "study", "--chunk", 128, "--length", 1500, "--layers", "1,2", "--save-every", 1, "--workers", workers))
+    last = err.splitlines()[-1]
+    assert code == 2 and last == ("train_minimal.py: --length 1500: a conversation has 1501 tokens by itself, and others may have more; give a longer one, "
+                                  "or leave --length out") and "Traceback" not in err
+    assert read_manifest(tmp_path / "a")["updates"] == 2 and len(log_rows(tmp_path / "a")) == 2
 
 
 def test_recall_at_length_by_command(tmp_path, call):
