@@ -36,18 +36,18 @@ BETWEEN = "\n\n"       # texts that are joined to one row
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set of the Hub: its rows (at a revision, None: the newest; the hash of the texts goes into the manifest either way) and the text of one."""
+    """A data set of the Hub: its rows at a revision (the hash of the texts goes into the manifest) and the text of one."""
 
     name: str
     split: str
-    revision: str | None
+    revision: str
     text: Callable[[dict], str]
 
 
 # TinyStories has two million texts in its train split; a small arm sees a few thousand
 CORPORA = {"tinystories": Corpus("roneneldan/TinyStories", "train[:100000]", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64", lambda row: row["text"]),
            "longalpaca": Corpus("Yukang/LongAlpaca-12k", "train", "46dce924ed8786979556018e191c0f557d8f4aa2", lambda row: f"{row['instruction']}\n{row['output']}"),
-           "no_robots": Corpus("HuggingFaceH4/no_robots", "train", None,  # as the public attempt has it: each dialogue as "role: content" lines
+           "no_robots": Corpus("HuggingFaceH4/no_robots", "train", "e6f9a4ac5c37faeb744ba9ecf0473184d7f8105b",  # as the public attempt has it: "role: content" lines
                                lambda row: "\n".join(f"{turn['role']}: {turn['content']}" for turn in row["messages"]))}
 
 

@@ -350,7 +350,7 @@ def test_a_corpus_of_the_hub_as_texts(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or datasets.Dataset.from_list(rows))
     assert load_texts(name, ("en",)) == (texts, hashlib.sha256("\0".join(texts).encode()).hexdigest())
     (hub, how), = asked
-    assert hub.count("/") == 1 and how["split"].startswith("train") and re.fullmatch("[0-9a-f]{40}|None", str(how["revision"]))
+    assert hub.count("/") == 1 and how["split"].startswith("train") and re.fullmatch("[0-9a-f]{40}", how["revision"])
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), datasets.exceptions.DatasetNotFoundError("gone"), ValueError("no cache of it"),
