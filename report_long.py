@@ -133,13 +133,18 @@ def resampled(columns: list[tuple[np.ndarray, np.ndarray]], settings: Bootstrap)
     return np.mean(means, 0)
 
 
+def middle(values: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> list[float] | None:
+    """The 95% of the values of resamples; None where no task has a second text to draw."""
+    return [float(end) for end in np.percentile(values, [2.5, 97.5])] if any(len(sums) > 1 for sums, _ in columns) else None
+
+
 def mean_of_tasks(by_task: dict[str, dict[str, list]], settings: Bootstrap) -> tuple[float, list[float] | None]:
-    """(mean of the tasks' means, its interval, texts resampled within their task; of one task BCa, None for one text)."""
+    """(mean of the tasks' means, its interval, texts resampled within their task, None for one text of each; of one task BCa)."""
     columns = [columns_of(texts) for texts in by_task.values()]
     if len(columns) == 1:
         ends = interval(pooled, [column[:, 0] for column in columns[0]], settings)
     else:
-        ends = [float(end) for end in np.percentile(resampled(columns, settings)[:, 0], [2.5, 97.5])]
+        ends = middle(resampled(columns, settings)[:, 0], columns)
     return float(over_tasks(columns)[0]), ends
 
 
@@ -150,7 +155,7 @@ def share_kept(by_task: dict[str, dict[str, list]], settings: Bootstrap) -> tupl
     means, drawn = over_tasks(columns), resampled(columns, settings)
     if not means[1:].any():
         return None
-    return float(share(means)), [float(end) for end in np.percentile(share(drawn), [2.5, 97.5])] if drawn[:, 1:].any(1).all() else None
+    return float(share(means)), middle(share(drawn), columns) if drawn[:, 1:].any(1).all() else None
 
 
 def cells_of(run: dict, settings: Bootstrap) -> list[dict]:

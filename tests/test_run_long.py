@@ -411,6 +411,8 @@ def test_questions_about_one_text_stand_or_fall_together(tmp_path):
     wide, narrow = (report_long.mean_of_tasks({"a": texts, "b": texts}, Bootstrap()) for texts in (eights, ones))
     assert wide[0] == narrow[0] == pytest.approx(0.4) and wide[1][1] - wide[1][0] > 2 * (narrow[1][1] - narrow[1][0])
     assert report_long.mean_of_tasks({"a": {"text": [(1.0,), (0.0,)]}}, Bootstrap()) == (0.5, None)  # one text has no interval
+    one_each = {task: {"text": [(score, 1.0)]} for task, score in (("a", 1.0), ("b", 0.0))}
+    assert report_long.mean_of_tasks(one_each, Bootstrap()) == (0.5, None) == report_long.share_kept(one_each, Bootstrap())  # nor has a mean of such tasks
     uneven = {"one": [(1.0, 1.0)] * 3, "two": [(0.0, 1.0)]}  # a mean over items, whatever texts they are of
     assert report_long.share_kept({"a": uneven}, Bootstrap()) == (0.75, [0.0, 1.0])
     assert report_long.mean_of_tasks({"a": {text: [number[:1] for number in numbers] for text, numbers in uneven.items()}}, Bootstrap())[0] == 0.75
