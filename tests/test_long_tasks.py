@@ -435,6 +435,11 @@ def test_without_the_hub_one_line_says_what_it_needs(tmp_path, run_main, monkeyp
 
 # --- profiles and the script -----------------------------------------------------------------------------------------
 
+def test_the_dev_profile_is_one_short_text_of_each_task_at_hand(smollm):
+    items = profile_items("dev", smollm, 0, {})
+    assert [(item.task, item.length) for item in items] == [(name, 1024) for name in SYNTHETIC] and sum(item.tokens for item in items) < 12_000
+
+
 def test_the_dev_profile_needs_no_file(bytes_, monkeypatch):
     monkeypatch.setitem(PROFILES, "dev", long_tasks.Profile((4096,), 1))
     monkeypatch.delitem(TASKS, "cwe")  # its example alone has more bytes
