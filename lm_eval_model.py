@@ -4,16 +4,18 @@
         --model_args model=smollm2-135m,adapter=checkpoints/smollm2-deep,mode=ttt_strict
 
 What follows the script's name is lm-eval's (`run --help`); it needs `pip install "lm-eval[ruler]==0.4.13"`. --model_args of `--model ttt`:
-    model        a row of `python model_utils.py`, a folder, or a hub id (default smollm2-135m)
-    adapter      checkpoint folder of a memory arm, for the modes that write
-    mode         in_context, ttt_paper or ttt_strict; ttt_empty of an arm of --w-down, ttt_sharp of one that solves (without an adapter: in_context)
-    question_at  words at which a prompt's question begins: at the last place where they stand, with the white space before them. What stands
-                 before it, solved examples too, is the document. Known for RULER's tasks
-    dtype        auto, float32 or bfloat16
+    model          a row of `python model_utils.py`, a folder, or a hub id (default smollm2-135m)
+    adapter        checkpoint folder of a memory arm, for the modes that write
+    tuned_adapter  checkpoint folder of a LoRA that was trained with --objective context, in place of an arm: its one mode is in_context_tuned
+    mode           in_context, ttt_paper or ttt_strict; ttt_empty of an arm of --w-down, ttt_sharp of one that solves (without an adapter: in_context).
+                   Not ttt_foreign, for prompts come one by one
+    question_at    words at which a prompt's question begins: at the last place where they stand, with the white space before them. What stands
+                   before it, solved examples too, is the document. Known for RULER's tasks
+    dtype          auto, float32 or bfloat16
 
 generate_until and loglikelihood run in every mode; one that drops the document, or writes it alone, refuses a task whose question nobody has
-named. loglikelihood_rolling scores a text that has no question: in_context, and ttt_paper of an arm with chunks. Answers are greedy and have no chat
-template. Tasks that size their texts by a tokenizer get the model's own, unless --metadata names another. `register()` does the same for Python.
+named. loglikelihood_rolling scores a text that has no question: in_context, in_context_tuned, and ttt_paper of an arm with chunks. Answers are greedy and
+have no chat template. Tasks that size their texts by a tokenizer get the model's own, unless --metadata names another. `register()` does the same for Python.
 """
 from __future__ import annotations
 
@@ -26,16 +28,17 @@ from tqdm import tqdm
 
 from decoding import SEGMENT, check_window, forward_all, greedy, pad_left
 from halving import Items, in_halves
-from long_modes import FOREIGN, MODES, asked, check_mode, splits
+from long_modes import FOREIGN, MODES, PLAIN, TUNED, Words, asked, check_folders, check_mode, default_mode, splits
 from long_tasks import tokenizer_folder
 from manifests import UserError, current_commit, run_script
-from model_utils import find_row, load_adapter, load_model, pick_device
+from model_utils import find_row, load_arm, load_model, pick_device
 from prompts import encode, written_ids
 from scoring import InPlace, Off, Plan, Score, start_token
 
 NAME, VERSION = "ttt", "0.4.13"
 DEFAULT_MODEL, DEFAULT_NEW_TOKENS = "smollm2-135m", 256            # the second is lm-eval's
 QUESTION_AT = {"niah_": "What ", "ruler_": "Question: "}           # the beginning of a task's name -> that of its question
+WORDS = Words("--model_args ", "mode=", "adapter=FOLDER", "tuned_adapter=FOLDER")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting; the first one counts
 
 
@@ -68,18 +71,18 @@ class Batch(Items):
 class ModeModel:
     """lm-eval's three requests, answered by an arm in a mode. Needs nothing of lm-eval: a request has args, task_name and doc_id, as its Instance."""
 
-    def __init__(self, model=DEFAULT_MODEL, adapter=None, mode=None, question_at=None, dtype="auto", batch_size=1, device=None, max_batch_size=None,
-                 **unknown):
+    def __init__(self, model=DEFAULT_MODEL, adapter=None, tuned_adapter=None, mode=None, question_at=None, dtype="auto", batch_size=1, device=None,
+                 max_batch_size=None, **unknown):
         """The arguments of --model_args (above), then what lm-eval adds from its own command line. Raises UserError for what cannot be used."""
         super().__init__()
         for name in unknown:
-            raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, mode, question_at, dtype")
-        mode = mode or ("in_context" if adapter is None else None)
-        modes = [one for one in MODES if one != FOREIGN]  # lm-eval's prompts come one by one
+            raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, tuned_adapter, mode, question_at, dtype")
+        mode = mode or default_mode(adapter, tuned_adapter)
+        modes = [one for one in (*MODES, TUNED) if one != FOREIGN]
         if mode not in modes:
-            raise UserError(f"--model_args mode={mode}: use one of {', '.join(modes)}")
-        if mode != "in_context" and adapter is None:
-            raise UserError(f"--model_args mode={mode}: needs adapter=FOLDER")
+            why = "lm-eval's prompts come one by one, so there is no other text to write; " if mode == FOREIGN else ""
+            raise UserError(f"--model_args mode={mode}: {why}use one of {', '.join(modes)}")
+        check_folders([mode], adapter, tuned_adapter, WORDS)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: give a number, 1 or more")
         device = "auto" if device in (None, "cuda:0") else device  # cuda:0 is what lm-eval says when nobody has said anything
@@ -88,7 +91,7 @@ class ModeModel:
         row = find_row(model)
         device, dtype, _ = pick_device(device, dtype, row)
         self.loaded = load_model(model, device, dtype)
-        self.ttt, self.manifest = load_adapter(adapter, self.loaded) if adapter else (None, {})
+        self.ttt, self.manifest = load_arm(adapter, tuned_adapter, self.loaded)
         check_mode(mode, self.manifest, f"--model_args mode={mode}")
         self.mode, self.question_at, self.batch_size = mode, question_at, int(batch_size)
         self.tokenizer = self.loaded.tokenizer
@@ -118,12 +121,12 @@ class ModeModel:
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each whole text. One that the window does not hold is read in windows (scoring.Plan); in ttt_paper the memory
         goes on from one to the next."""
-        if requests and self.mode != "in_context" and (self.mode != "ttt_paper" or splits(self.mode, self.ttt)):
+        if requests and self.mode not in PLAIN and (self.mode != "ttt_paper" or splits(self.mode, self.ttt)):
             raise UserError(f"{requests[0].task_name}: scores texts that have no question (loglikelihood_rolling), which {self.mode} of this arm "
                             "does not; use mode=in_context, an arm with chunks in ttt_paper, or score_lm.py")
         window = self.loaded.model.config.get_text_config().max_position_embeddings - 1  # the start token is one more
         begin = start_token(self.tokenizer)
-        if self.mode == "in_context":
+        if self.mode in PLAIN:
             scorer = Off(self.loaded, Plan(window, window, begin))
         else:
             chunk = self.ttt.config.chunk

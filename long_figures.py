@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 import plots
-from run_long import MODES, TUNED
+from long_modes import MODES, TUNED
 
 ALL, RETRIEVAL = "mean over tasks", "mean over retrieval"
 ORDER = (MODES[0], TUNED, *MODES[1:])

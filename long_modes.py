@@ -1,13 +1,14 @@
 """The modes in which a long text is asked about: what a question sees of its document, and what the fast weights do meanwhile.
 
-    in_context   the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
-    ttt_empty    the same prompt, read with an empty memory: what a W_down that was trained too changes by itself
-    ttt_foreign  the same prompt, read with what another text of the task left in the memory: what a memory changes by being there, whatever it holds
-    ttt_paper    the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
-                 chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
-                 reads the question with that memory: it has nothing to read back before its text ends
-    ttt_strict   the document written and dropped, then the question alone
-    ttt_sharp    the same memory read slot by slot (memory.Sharp): no sum, so no update of W_down, but what the sum costs. Of arms with rule ridge
+    in_context        the untouched base, document and question in the prompt (its own W_down too: a trained one is the other modes')
+    in_context_tuned  the same prompt, read by the base with a LoRA that was trained with --objective context; of such a LoRA alone
+    ttt_empty         the same prompt, read with an empty memory: what a W_down that was trained too changes by itself
+    ttt_foreign       the same prompt, read with what another text of the task left in the memory: what a memory changes by being there, whatever it holds
+    ttt_paper         the same prompt, written chunk by chunk while it is read, and frozen from the first token of the answer on. An arm whose
+                      chunk is the whole text, or that reads a question (read attention), writes the document alone, which stays in reach, and then
+                      reads the question with that memory: it has nothing to read back before its text ends
+    ttt_strict        the document written and dropped, then the question alone
+    ttt_sharp         the same memory read slot by slot (memory.Sharp): no sum, so no update of W_down, but what the sum costs. Of arms with rule ridge
 
 run_long.py asks its own tasks in them, lm_eval_model.py those of lm-evaluation-harness.
 """
@@ -24,7 +25,9 @@ from manifests import UserError
 from memory import SHARP
 from prompts import start_ids
 
-MODES = ("in_context", "ttt_empty", "ttt_foreign", "ttt_paper", "ttt_strict", "ttt_sharp")
+TUNED = "in_context_tuned"                         # the one mode of a reader: a LoRA without fast weights
+MODES = ("in_context", "ttt_empty", "ttt_foreign", "ttt_paper", "ttt_strict", "ttt_sharp")  # of a base and its arms
+PLAIN = ("in_context", TUNED)                      # which need no fast weights
 FOREIGN = "ttt_foreign"                            # which needs to be given other documents
 DROPPED = ("ttt_strict", "ttt_sharp")              # in which the question stands alone
 USUAL = ("in_context", "ttt_paper", "ttt_strict")  # of any arm; ttt_empty is for arms of --w-down
@@ -36,6 +39,32 @@ class Asked(NamedTuple):
     logits_BV: torch.Tensor   # of the first token
     past: Past                # what attention still sees
     session: object | None    # the Reader of the context this runs in, if fast weights are read
+
+
+class Words(NamedTuple):
+    """How a command line writes what check_folders speaks of."""
+
+    before: str   # what stands before the option that a message begins with
+    mode: str     # what stands before a mode's name
+    adapter: str
+    tuned: str
+
+
+def default_mode(adapter, tuned) -> str | None:
+    """The mode where none is named, by the checkpoint folders that are (None: not given); None of an adapter, which has several."""
+    return TUNED if tuned is not None else "in_context" if adapter is None else None
+
+
+def check_folders(modes, adapter, tuned, words: Words) -> None:
+    """UserError where the checkpoint folders of an arm and of a reader (None: not given) do not go together, or not with one of the modes."""
+    if adapter is not None and tuned is not None:
+        raise UserError(f"{words.before}{words.tuned}: its LoRA would stay on the base that {words.adapter} writes with; ask the two in runs of their own")
+    for mode in modes:
+        option = f"{words.before}{words.mode}{mode}"
+        if (mode == TUNED) != (tuned is not None):
+            raise UserError(f"{option}: {f'needs {words.tuned}' if mode == TUNED else f'with {words.tuned} there is {TUNED} alone'}")
+        if mode not in PLAIN and adapter is None:
+            raise UserError(f"{option}: needs {words.adapter}")
 
 
 def check_mode(mode: str, manifest: dict, option: str) -> None:
@@ -66,7 +95,7 @@ def asked(model, tokenizer, ttt: InPlaceTTT | None, mode: str, documents: list[l
     written in place of a question's own."""
     start, pad = start_ids(tokenizer), tokenizer.pad_token_id
     whole = [document + question for document, question in zip(documents, questions)]
-    if mode == "in_context":
+    if mode in PLAIN:  # a reader's LoRA is on the base
         yield Asked(*prefill(model, whole, pad), None)
         return
     if mode == "ttt_paper" and not splits(mode, ttt):

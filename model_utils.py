@@ -307,7 +307,8 @@ def load_adapter(folder, loaded: Loaded, lora_is_on: bool = False) -> tuple[InPl
     manifest = read_manifest(folder)
     check_base(manifest, folder, loaded)
     if not manifest.get("ttt"):
-        raise UserError(f"{folder}: holds no fast weights (objective {manifest.get('objective')}); pass it as --tuned-adapter")
+        raise UserError(f"{folder}: holds no fast weights (objective {manifest.get('objective')}); it is a LoRA, which run_experiment.py and run_long.py take as "
+                        "--tuned-adapter, lm_eval_model.py as tuned_adapter=")
     config = read_config(manifest, folder)
     check_vouched(folder, ["adapter.safetensors"])
     try:
@@ -337,8 +338,18 @@ def tuned_manifest(folder, loaded: Loaded) -> dict:
     manifest = read_manifest(folder)
     check_base(manifest, folder, loaded)
     if not manifest.get("lora"):
-        raise UserError(f"{folder}: holds no LoRA (objective {manifest.get('objective')}); pass it as --adapter")
+        raise UserError(f"{folder}: holds no LoRA (objective {manifest.get('objective')}); pass it as --adapter (to lm_eval_model.py as adapter=)")
     return manifest
+
+
+def load_arm(adapter, tuned, loaded: Loaded) -> tuple[InPlaceTTT | None, dict]:
+    """Put on the base what one of two checkpoint folders holds: adapter's fast weights, or tuned's LoRA (None: not given; the caller has refused both).
+    Returns (fast weights or None, manifest, empty for the base alone). Raises UserError as load_adapter, tuned_manifest and load_lora do."""
+    if tuned is None:
+        return load_adapter(adapter, loaded) if adapter is not None else (None, {})
+    manifest = tuned_manifest(tuned, loaded)
+    load_lora(tuned, loaded)
+    return None, manifest
 
 
 def clip(ttt: InPlaceTTT, share: float) -> None:

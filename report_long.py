@@ -20,13 +20,12 @@ import numpy as np
 from evaluate import write_text
 from intervals import Bootstrap, interval, pooled
 from long_figures import ALL, ORDER, RETRIEVAL, draw, named
-from long_modes import DROPPED
+from long_modes import DROPPED, TUNED
 from long_ruler import QUERIES
 from long_tasks import PROFILES, beyond, is_retrieval
 from manifests import write_json
 from report_tables import around_block, with_interval
 from results_files import LONG_RUN_FIELDS, ResultsError, check_sums, parse_object, read_lines, read_text
-from run_long import TUNED
 
 ROW_FIELDS = {"condition": (str,), "sample_id": (str,), "task": (str,), "length": (int,), "prompt_tokens": (int,), "score": (float, int), "seconds": (float, int),
               "peak_gb": (float, int, type(None)), "batch": (int,)}

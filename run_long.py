@@ -25,15 +25,14 @@ from decoding import greedy
 from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
-from long_modes import FOREIGN, MODES, USUAL, asked, check_mode
+from long_modes import FOREIGN, MODES, TUNED, USUAL, Words, asked, check_folders, check_mode, default_mode
 from manifests import UserError, chosen, provenance, run_script, utc
-from model_utils import Loaded, clip, find_row, load_adapter, load_lora, load_model, pick_device, tuned_manifest
+from model_utils import Loaded, clip, find_row, load_arm, load_model, pick_device
 from parallel import Group
 from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
 
-
-TUNED = "in_context_tuned"
+WORDS = Words("", "--modes ", "--adapter", "--tuned-adapter")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def answer(loaded: Loaded, ttt: InPlaceTTT | None, job: Job, others: dict[str, s
     documents = [written_ids(tokenizer, item.document) for item in job.items]
     questions = [encode(tokenizer, item.question) for item in job.items]
     foreign = [written_ids(tokenizer, others[name_of(item)]) for item in job.items] if job.mode == FOREIGN else None
-    with asked(model, tokenizer, ttt, "in_context" if job.mode == TUNED else job.mode, documents, questions, foreign) as (logits, past, session):
+    with asked(model, tokenizer, ttt, job.mode, documents, questions, foreign) as (logits, past, session):
         said = greedy(model, tokenizer, logits, past, job.items[0].new_tokens, session, line=False)
     if cuda:
         torch.cuda.synchronize()
@@ -173,15 +172,9 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     arguments = parser.parse_args()
-    usual = TUNED if arguments.tuned_adapter else "in_context" if arguments.adapter is None else ",".join(USUAL)
+    usual = default_mode(arguments.adapter, arguments.tuned_adapter) or ",".join(USUAL)
     arguments.modes = chosen("--modes", arguments.modes or usual, (*MODES, TUNED))
-    if arguments.adapter and arguments.tuned_adapter:
-        raise UserError("--tuned-adapter: its LoRA would stay on the base that --adapter writes with; ask the two in runs of their own")
-    for mode in arguments.modes:
-        if (mode == TUNED) != bool(arguments.tuned_adapter):
-            raise UserError(f"--modes {mode}: {'needs --tuned-adapter' if mode == TUNED else f'with --tuned-adapter there is {TUNED} alone'}")
-        if mode not in ("in_context", TUNED) and arguments.adapter is None:
-            raise UserError(f"--modes {mode}: needs --adapter")
+    check_folders(arguments.modes, arguments.adapter, arguments.tuned_adapter, WORDS)
     if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
         raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
     if arguments.clip is not None and arguments.adapter is None:
@@ -198,13 +191,10 @@ def main() -> None:
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row)
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
-    ttt, manifest = load_adapter(arguments.adapter, loaded) if arguments.adapter else (None, {})
-    if arguments.tuned_adapter:
-        manifest = tuned_manifest(arguments.tuned_adapter, loaded)
-        load_lora(arguments.tuned_adapter, loaded)
+    ttt, manifest = load_arm(arguments.adapter, arguments.tuned_adapter, loaded)
     if arguments.clip is not None:
         clip(ttt, arguments.clip)
-    for mode in (mode for mode in arguments.modes if mode != TUNED):
+    for mode in arguments.modes:
         check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)
     others = other_texts(items) if FOREIGN in arguments.modes else {}

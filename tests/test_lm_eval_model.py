@@ -6,18 +6,22 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import strengthen
-from test_run_experiment import save_fast_weights, save_joint, save_tiny
+from peft import PeftModel
+from test_run_experiment import save_fast_weights, save_joint, save_lora, save_tiny
 
 import lm_eval_model
 import run_long
 from decoding import pad_left
 from lm_eval_model import ModeModel, cut, generation
 from long_items import Item
-from manifests import UserError
-from prompts import encode
+from long_modes import PLAIN, TUNED
+from manifests import UserError, file_sha256
+from model_utils import load_model
+from prompts import encode, written_ids
 
 NEW, WHOLE = 6, None  # tokens of an answer; an arm whose chunk is the whole text
-ARMS = {"in_context": ("in_context", None), "paper, chunks": ("ttt_paper", 16), "paper, whole": ("ttt_paper", WHOLE), "strict, chunks": ("ttt_strict", 16)}
+ARMS = {"in_context": ("in_context", None), "reader": (TUNED, None),
+        "paper, chunks": ("ttt_paper", 16), "paper, whole": ("ttt_paper", WHOLE), "strict, chunks": ("ttt_strict", 16)}
 DOCUMENTS = [f"The magic number of {name} is {number}.\nThe grass is green. Here we go." for name, number in (("Odo", 71), ("Bettina", 4083), ("Kim", 5))]
 QUESTION = "\nWhat is the magic number? It is"
 
@@ -46,11 +50,16 @@ def arm(model, tmp_path_factory):
 
     folders = {chunk: save_fast_weights(tmp_path_factory.mktemp("arms") / str(chunk), model, chunk=chunk, change=gentle) for chunk in (16, WHOLE)}
 
+    with torch.random.fork_rng():  # half of a new LoRA is drawn from torch's own state
+        torch.manual_seed(0)
+        reader = save_lora(tmp_path_factory.mktemp("arms") / "reader", model, strength=1.0)
+
     def make(name, **more):
         mode, chunk = ARMS[name]
-        return ModeModel(model=model, adapter=None if mode == "in_context" else folders[chunk], mode=mode, device="cpu", **more)
+        folder = {"tuned_adapter": reader} if mode == TUNED else {} if mode in PLAIN else {"adapter": folders[chunk]}
+        return ModeModel(model=model, mode=mode, device="cpu", **folder, **more)
 
-    make.folders = folders
+    make.folders, make.reader = folders, reader
     return make
 
 
@@ -110,9 +119,9 @@ def direct(lm, text, chunks=False):
 
 def test_texts_as_a_whole(arm):
     text = " ".join(DOCUMENTS)
-    for name in ("in_context", "paper, chunks"):
+    for name in ("in_context", "reader", "paper, chunks"):
         lm = arm(name)
-        assert lm.loglikelihood_rolling([Request((text,)), Request(("",))]) == [pytest.approx(direct(lm, text, name != "in_context"), rel=1e-5), 0]
+        assert lm.loglikelihood_rolling([Request((text,)), Request(("",))]) == [pytest.approx(direct(lm, text, name == "paper, chunks"), rel=1e-5), 0]
     for name in ("paper, whole", "strict, chunks"):
         with pytest.raises(UserError, match="loglikelihood_rolling.*score_lm.py"):
             arm(name).loglikelihood_rolling([Request((text,))])
@@ -120,6 +129,36 @@ def test_texts_as_a_whole(arm):
     empty.mode = "ttt_empty"  # which writes nothing, so it is not to be scored as ttt_paper is
     with pytest.raises(UserError, match="ttt_empty.*score_lm.py"):
         empty.loglikelihood_rolling([Request((text,))])
+
+
+def test_a_reader_is_the_base_with_its_lora(arm, model):
+    """The oracle is peft's own model, which answers with one forward call a token; the untouched base says something else."""
+    lm, plain = ModeModel(model=model, tuned_adapter=arm.reader, device="cpu"), arm("in_context")  # the mode need not be named
+    assert lm.mode == TUNED and lm.ttt is None
+    peft = PeftModel.from_pretrained(load_model(model).model, f"{arm.reader}/lora")
+
+    def logits(ids):
+        with torch.inference_mode():
+            return peft(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+    def score(prompt, rest):
+        return torch.log_softmax(logits(prompt + rest)[len(prompt) - 1:-1], -1).gather(1, torch.tensor(rest)[:, None]).sum().item()
+
+    prompts = [written_ids(lm.tokenizer, document) + encode(lm.tokenizer, QUESTION) for document in DOCUMENTS]
+    said, rest, start = [], encode(lm.tokenizer, " 71."), [lm.tokenizer.bos_token_id]
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(NEW):
+            ids.append(logits(ids)[-1].argmax().item())
+        said.append(lm.tokenizer.decode(ids[len(prompt):]))
+    chosen, texts = [Request((document + QUESTION, " 71.")) for document in DOCUMENTS], [Request((document,)) for document in DOCUMENTS]
+    assert lm.generate_until(asked_for()) == said != plain.generate_until(asked_for())
+    for ask, requests, right in (("loglikelihood", chosen, [score(prompt, rest) for prompt in prompts]),
+                                 ("loglikelihood_rolling", texts, [score(start, encode(lm.tokenizer, document)) for document in DOCUMENTS])):
+        mine, other = ([one[0] if isinstance(one, tuple) else one for one in getattr(which, ask)(requests)] for which in (lm, plain))
+        assert mine == pytest.approx(right, rel=1e-5) and all(abs(a - b) > 0.1 for a, b in zip(mine, other)), ask
+    info = lm.get_model_info()
+    assert info["mode"] == TUNED and info["arm"] == "test" and info["adapter_sha256"] == file_sha256(f"{arm.reader}/lora/adapter_model.safetensors")
 
 
 def test_a_long_text_is_read_in_windows(arm, monkeypatch):
@@ -175,12 +214,27 @@ def test_what_is_no_greedy_answer_is_refused(arm, settings, words):
 
 
 @pytest.mark.parametrize("more, words", [
-    ({"mode": "magic"}, "mode=magic"), ({"mode": "ttt_foreign", "adapter": "x"}, "mode=ttt_foreign"), ({"mode": "ttt_strict"}, "needs adapter"), ({"adapter": "x"}, "mode=None"), ({"pretrained": "x"}, "pretrained"),
-    ({"batch_size": "auto"}, "--batch_size auto"), ({"dtype": "int8"}, "dtype=int8"), ({"device": "mps"}, "--device mps"), ({"model": "nothing"}, "nothing")])
+    ({"mode": "magic"}, "mode=magic"), ({"mode": "ttt_foreign", "adapter": "x"}, "mode=ttt_foreign: .*one by one, so there is no other text"),
+    ({"mode": "ttt_strict"}, "needs adapter"), ({"adapter": "x"}, "mode=None"), ({"pretrained": "x"}, "pretrained"),
+    ({"batch_size": "auto"}, "--batch_size auto"), ({"dtype": "int8"}, "dtype=int8"), ({"device": "mps"}, "--device mps"), ({"model": "nothing"}, "nothing"),
+    ({"mode": "in_context_tuned"}, "mode=in_context_tuned: needs tuned_adapter=FOLDER"),
+    ({"mode": "in_context_tuned", "adapter": "x"}, "mode=in_context_tuned: needs tuned_adapter=FOLDER"),
+    ({"mode": "in_context", "tuned_adapter": "x"}, "mode=in_context: with tuned_adapter=FOLDER there is in_context_tuned alone"),
+    ({"adapter": "x", "tuned_adapter": "y"}, "tuned_adapter=FOLDER: its LoRA would stay on the base that adapter=FOLDER writes with; ask the two in runs of their own"),
+    ({"tuned_adapter": "nowhere"}, "nowhere: no trained adapter"), ({"tuned_adapter": ""}, "no trained adapter")])
 def test_bad_arguments(more, words):
     with pytest.raises(UserError, match=words) as error:
         ModeModel(**{"model": "tiny-qwen2"} | more)
     assert "\n" not in str(error.value)
+
+
+def test_adapters_in_each_others_place(arm, model):
+    """The message names the option that takes the folder as --model_args writes it."""
+    for wrong, words in (({"adapter": arm.reader, "mode": "ttt_strict"}, "no fast weights.* lm_eval_model.py as tuned_adapter="),
+                         ({"tuned_adapter": arm.folders[16]}, "no LoRA.* lm_eval_model.py as adapter=")):
+        with pytest.raises(UserError, match=words) as error:
+            ModeModel(model=model, device="cpu", **wrong)
+        assert "\n" not in str(error.value)
 
 
 def test_a_joint_arm_is_not_the_untouched_base(arm, model, tmp_path):
@@ -228,19 +282,48 @@ def task(tmp_path):
     return tmp_path
 
 
-def test_its_command_line_drives_an_arm(harness, arm, model, task, run_main, tmp_path):
-    argv = ["lm_eval_model.py", "run", "--model", "ttt", "--include_path", task, "--tasks", "small_answer,small_choose", "--device", "cpu", "--log_samples",
-            "--output_path", tmp_path / "out", "--model_args", f"model={model},adapter={arm.folders[16]},mode=ttt_strict,question_at=What "]
-    code, text, err = run_main(lm_eval_model.main, argv)
-    assert code == 0 and "small_answer" in text and "small_choose" in text, err
-    results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text(encoding="utf-8"))
+@pytest.fixture
+def command_line(harness, task, model, run_main, tmp_path):
+    """command_line(model_args) -> (argv, exit code, stderr, lm-eval's results, {task: its samples in their order})."""
+    def call(model_args):
+        argv = ["lm_eval_model.py", "run", "--model", "ttt", "--include_path", task, "--tasks", "small_answer,small_choose", "--device", "cpu", "--log_samples",
+                "--output_path", tmp_path / "out", "--model_args", f"model={model},{model_args}"]
+        code, text, err = run_main(lm_eval_model.main, argv)
+        if code:
+            return argv, code, err, None, None
+        assert "small_answer" in text and "small_choose" in text
+        results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text(encoding="utf-8"))
+        samples = {name: [json.loads(line) for line in next((tmp_path / "out").rglob(f"samples_{name}_*.jsonl")).read_text(encoding="utf-8").splitlines()]
+                   for name in ("small_answer", "small_choose")}
+        return argv, code, err, results, samples
+
+    return call
+
+
+def test_its_command_line_drives_an_arm(command_line, arm, run_main, tmp_path):
+    argv, code, err, results, samples = command_line(f"adapter={arm.folders[16]},mode=ttt_strict,question_at=What ")
+    assert code == 0, err
     assert results["config"]["mode"] == "ttt_strict" and len(results["config"]["adapter_sha256"]) == 64
-    rows = [json.loads(line) for line in next((tmp_path / "out").rglob("samples_small_answer_*.jsonl")).read_text(encoding="utf-8").splitlines()]
-    assert [row["resps"][0][0] for row in rows] == arm("strict, chunks").generate_until(asked_for())
+    assert [row["resps"][0][0] for row in samples["small_answer"]] == arm("strict, chunks").generate_until(asked_for())
     code, _, err = run_main(lm_eval_model.main, [*argv[:-1], argv[-1].rpartition(",")[0]])
     assert code == 2 and "question_at=WORDS" in err.splitlines()[-1]
     code, _, err = run_main(lm_eval_model.main, [*argv, "--use_cache", tmp_path / "cache"])
     assert code == 2 and "--use_cache" in err.splitlines()[-1] and not list(tmp_path.glob("cache*"))
+
+
+def test_its_command_line_drives_a_reader(command_line, arm):
+    _, code, err, results, samples = command_line(f"tuned_adapter={arm.reader}")
+    assert code == 0, err
+    reader, config = arm("reader"), results["config"]
+    assert config["mode"] == TUNED and config["arm"] == "test" and config["adapter_sha256"] == reader.get_model_info()["adapter_sha256"]
+    assert [row["resps"][0][0] for row in samples["small_answer"]] == reader.generate_until(asked_for()) != arm("in_context").generate_until(asked_for())
+    scores = [float(said[0][0]) for row in samples["small_choose"] for said in row["resps"]]
+    assert scores == pytest.approx([score for score, _ in reader.loglikelihood([Request((document + QUESTION, choice)) for document in DOCUMENTS
+                                                                               for choice in (" 71", " 4083", " 5")])], rel=1e-5)
+    for wrong, words in ((f"adapter={arm.reader},mode=ttt_strict", "lm_eval_model.py as tuned_adapter="),
+                         (f"mode={TUNED}", f"mode={TUNED}: needs tuned_adapter=FOLDER")):
+        _, code, err, _, _ = command_line(wrong)
+        assert code == 2 and words in err.splitlines()[-1]
 
 
 def test_in_context_is_what_its_own_model_class_says(harness, arm):

@@ -341,7 +341,7 @@ def test_a_lora_is_no_fast_weight_adapter(tmp_path):
     edit(tmp_path, ttt=None, objective="context")
     with pytest.raises(UserError) as error:
         load_adapter(tmp_path, load_model("tiny-llama"))
-    one_line(error, tmp_path, "no fast weights", "--tuned-adapter")
+    one_line(error, tmp_path, "no fast weights", "run_long.py take as --tuned-adapter", "lm_eval_model.py as tuned_adapter=")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"arm": "a"}', '{"files": 3}', '{"files": [1]}', '{"files": {}}'])
