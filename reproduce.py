@@ -74,7 +74,7 @@ class Arm:
     prose: tuple[str, ...] = ()   # languages in which harm.py measures unrelated prose
     long: str = ""                # modes in which run_long.py asks long texts
     far: tuple[str, ...] = ()     # lengths of these texts beyond SHORT
-    clips: tuple[tuple[str, str], ...] = ()  # (limit of a chunk, items) under which SHORT texts are asked once more, with their own memory and with another's
+    clips: tuple[tuple[str, str], ...] = ()  # (limit of a chunk, SHORT items): texts are asked again under it, with their own memory and SHORT ones with another's
     count: str = FEW              # items of each task and SHORT length; of a far one FEW
     controls: bool = False        # whether SHORT texts are asked once more, FEW items of each, with the memory read slot by slot and with another text's
     tuned: bool = False           # a LoRA that reads in context
@@ -91,12 +91,12 @@ class Arm:
 def study(base: str, rows: int, model=(), far: tuple[str, ...] = (), again: tuple[int, ...] = ()) -> list[Arm]:
     """The arms of the long-context study, of so many rows an update: the paper's objective on its own mechanism, on the bank's conversations joined and on
     documentation, W_down trained along, our objective on the same mechanism, and documentation with other chunks, in rows of twice the length. far: lengths beyond
-    SHORT that the arm of documentation is asked; again: further seeds of the arm of conversations, asked clipped. What is written is clipped, too, in other runs."""
+    SHORT that they are asked; again: further seeds of the arm of conversations, asked clipped and no far lengths. What is written is clipped, too, in other runs."""
     arms = {"study": (*LM, *LONG_ROWS), "study-docs": (*LM, *LONG_ROWS, *DOCS), "study-docs-wdown": (*LM, *LONG_ROWS, *DOCS, "--w-down"), "study-recall": (*LONG_ROWS, "--groups", "1")}
     sized = {name: (*how, "--conversations", str(rows)) for name, how in arms.items()}
     sized |= {f"study-docs-{chunk}": (*LM, *DOCS, "--chunk", str(chunk), "--length", "4096", "--conversations", str(rows // 2)) for chunk in (512, 2048)}
     clips = {"study": CLIPS[:1], "study-docs": CLIPS, "study-docs-wdown": (("0.001", FEW),)}
-    return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far if name == "study-docs" else (),
+    return [Arm(f"{base}-{name}", (), (*STUDY, *how), model, long="ttt_empty," * ("--w-down" in how) + "ttt_paper,ttt_strict", far=far,
                 clips=clips.get(name, ())) for name, how in sized.items()] + [Arm(f"{base}-study", (), (*STUDY, *sized["study"]), model, seed, clips=clips["study"]) for seed in again]
 
 
@@ -187,7 +187,8 @@ def long_runs(row: Arm, out: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
             *((of(f"-at-{length}"), row.long, asked(FEW, length)) for length in row.far),
             *((of(f"-{mode}"), f"ttt_{mode}", asked(FEW)) for mode in ("sharp", "foreign") * row.controls),
             *((of(f"-clip-{clip}{name}"), mode, ("--clip", clip, *asked(count)))
-              for clip, count in row.clips for name, mode in (("", "ttt_paper"), ("-foreign", "ttt_foreign")))]
+              for clip, count in row.clips for name, mode in (("", "ttt_paper"), ("-foreign", "ttt_foreign"))),
+            *((of(f"-clip-{clip}-at-{length}"), "ttt_paper", ("--clip", clip, *asked(FEW, length))) for clip, _ in row.clips for length in row.far)]
 
 
 def finished(folder: Path) -> dict:

@@ -111,11 +111,13 @@ def test_the_committed_arms_are_found_where_the_rows_say():
 
 def test_long_texts_that_are_asked_are_not_asked_again_and_another_texts_memory_is_a_run_of_its_own():
     root = Path(reproduce.__file__).parent
-    assert reproduce.questions(ARMS["smollm2-study"], root) == []  # all of its long texts are committed, clipped ones and their control, too
+    for name in ("smollm2-study", "qwen-study", "gemma3-study", "gemma3-study-seed1"):
+        assert reproduce.questions(ARMS[name], root) == [], name  # all of its long texts are committed, clipped ones, their control and far ones, too
     runs = {folder.name: modes for row in ARMS.values() for folder, modes, _ in reproduce.long_runs(row, root)}
     assert len(runs) == sum(len(reproduce.long_runs(row, root)) for row in ARMS.values())  # no two of one folder
     assert runs["smollm2-study-clip-0.001"] == "ttt_paper" and runs["smollm2-study-clip-0.001-foreign"] == "ttt_foreign"
-    assert all(name + "-foreign" in runs for name in runs if "-clip-" in name and not name.endswith("-foreign"))
+    assert all(name + "-foreign" in runs for name in runs if "-clip-" in name and "-at-" not in name and not name.endswith("-foreign"))
+    assert runs["qwen-study-clip-0.001-at-32768"] == "ttt_paper" and not any(name.startswith("smollm2") and "-at-" in name for name in runs)  # its window is 8,192 tokens
     assert runs["gemma3-deep-needles-sharp"] == "ttt_sharp" and runs["gemma3-deep-needles-foreign"] == "ttt_foreign"
 
 
