@@ -7,8 +7,9 @@ What follows the script's name is lm-eval's (`run --help`); it needs `pip instal
     model          a row of `python model_utils.py`, a folder, or a hub id (default smollm2-135m)
     adapter        checkpoint folder of a memory arm, for the modes that write
     tuned_adapter  checkpoint folder of a LoRA that was trained with --objective context, in place of an arm: its one mode is in_context_tuned
-    mode           in_context, ttt_paper or ttt_strict; ttt_empty of an arm of --w-down, ttt_sharp of one that solves (without an adapter: in_context).
-                   Not ttt_foreign, for prompts come one by one
+    mode           in_context, ttt_paper or ttt_strict; ttt_empty of an arm of --w-down, ttt_sharp of one that solves (without an adapter: in_context);
+                   ttt_foreign, in which what another of the task's documents that are asked (the next one) left stands in place of a document's own
+    clip           the most that a chunk may change a layer's W_down while it is written, as a share of |W_down| (default: no limit)
     question_at    words at which a prompt's question begins: at the last place where they stand, with the white space before them. What stands
                    before it, solved examples too, is the document. Known for RULER's tasks
     dtype          auto, float32 or bfloat16
@@ -21,14 +22,14 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from decoding import SEGMENT, check_window, forward_all, greedy, pad_left
 from halving import Items, in_halves
-from long_modes import FOREIGN, MODES, PLAIN, TUNED, Words, asked, check_folders, check_mode, default_mode, splits
+from long_modes import FOREIGN, MODES, PLAIN, TUNED, Words, asked, check_folders, check_mode, default_mode, next_texts, splits
 from long_tasks import tokenizer_folder
 from manifests import UserError, current_commit, run_script
 from model_utils import find_row, load_arm, load_model, pick_device
@@ -38,19 +39,21 @@ from scoring import InPlace, Off, Plan, Score, start_token
 NAME, VERSION = "ttt", "0.4.13"
 DEFAULT_MODEL, DEFAULT_NEW_TOKENS = "smollm2-135m", 256            # the second is lm-eval's
 QUESTION_AT = {"niah_": "What ", "ruler_": "Question: "}           # the beginning of a task's name -> that of its question
-WORDS = Words("--model_args ", "mode=", "adapter=FOLDER", "tuned_adapter=FOLDER")
+WORDS = Words("--model_args ", "mode=", "adapter=FOLDER", "tuned_adapter=FOLDER", "clip=")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting; the first one counts
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request in tokens. place: in lm-eval's list; rest: the continuation to score; kind: rows of one kind can be asked together."""
+    """One request in tokens. place: in lm-eval's list; rest: the continuation to score; kind: rows of one kind can be asked together; other: in ttt_foreign the
+    document that is written in place of its own."""
 
     place: int
     document: list[int]
     question: list[int]
     rest: list[int]
     kind: tuple
+    other: list[int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -71,18 +74,18 @@ class Batch(Items):
 class ModeModel:
     """lm-eval's three requests, answered by an arm in a mode. Needs nothing of lm-eval: a request has args, task_name and doc_id, as its Instance."""
 
-    def __init__(self, model=DEFAULT_MODEL, adapter=None, tuned_adapter=None, mode=None, question_at=None, dtype="auto", batch_size=1, device=None,
-                 max_batch_size=None, **unknown):
+    def __init__(self, model=DEFAULT_MODEL, adapter=None, tuned_adapter=None, mode=None, clip=None, question_at=None, dtype="auto", batch_size=1,
+                 device=None, max_batch_size=None, **unknown):
         """The arguments of --model_args (above), then what lm-eval adds from its own command line. Raises UserError for what cannot be used."""
         super().__init__()
         for name in unknown:
-            raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, tuned_adapter, mode, question_at, dtype")
+            raise UserError(f"--model_args {name}=...: unknown; use some of model, adapter, tuned_adapter, mode, clip, question_at, dtype")
         mode = mode or default_mode(adapter, tuned_adapter)
-        modes = [one for one in (*MODES, TUNED) if one != FOREIGN]
-        if mode not in modes:
-            why = "lm-eval's prompts come one by one, so there is no other text to write; " if mode == FOREIGN else ""
-            raise UserError(f"--model_args mode={mode}: {why}use one of {', '.join(modes)}")
-        check_folders([mode], adapter, tuned_adapter, WORDS)
+        if mode not in (*MODES, TUNED):
+            raise UserError(f"--model_args mode={mode}: use one of {', '.join((*MODES, TUNED))}")
+        if clip is not None and type(clip) not in (int, float):
+            raise UserError(f"--model_args clip={clip}: give a share of |W_down| such as 0.001")
+        check_folders([mode], adapter, tuned_adapter, clip, WORDS)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: give a number, 1 or more")
         device = "auto" if device in (None, "cuda:0") else device  # cuda:0 is what lm-eval says when nobody has said anything
@@ -91,9 +94,9 @@ class ModeModel:
         row = find_row(model)
         device, dtype, _ = pick_device(device, dtype, row)
         self.loaded = load_model(model, device, dtype)
-        self.ttt, self.manifest = load_arm(adapter, tuned_adapter, self.loaded)
+        self.ttt, self.manifest = load_arm(adapter, tuned_adapter, self.loaded, clip, WORDS.before + WORDS.clip)
         check_mode(mode, self.manifest, f"--model_args mode={mode}")
-        self.mode, self.question_at, self.batch_size = mode, question_at, int(batch_size)
+        self.mode, self.clip, self.question_at, self.batch_size = mode, clip, question_at, int(batch_size)
         self.tokenizer = self.loaded.tokenizer
 
     # ---- the requests ----
@@ -106,7 +109,8 @@ class ModeModel:
             stops.append(until)
             rows.append(self._row(place, request, request.args[0], [], (new_tokens, "\n" in until)))
             check_window(self.loaded.model, rows[-1].tokens + new_tokens, named(request))
-        return [cut(text, until) for text, until in zip(self._answers(rows, self._generate, disable_tqdm), stops)]
+        said = self._answers(self._with_others(rows, requests), self._generate, disable_tqdm)
+        return [cut(text, until) for text, until in zip(said, stops)]
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats of each continuation of its prompt, whether it is the greedy one)."""
@@ -116,7 +120,7 @@ class ModeModel:
             rest = encode(self.tokenizer, request.args[0][len(prompt):] + request.args[1])
             rows.append(self._row(place, request, prompt, rest, ()))
             check_window(self.loaded.model, rows[-1].tokens, named(request))
-        return self._answers(rows, self._score, disable_tqdm)
+        return self._answers(self._with_others(rows, requests), self._score, disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each whole text. One that the window does not hold is read in windows (scoring.Plan); in ttt_paper the memory
@@ -140,6 +144,16 @@ class ModeModel:
         document, question = self._split(prompt, request)
         written = written_ids(self.tokenizer, document) if prompt else [start_token(self.tokenizer)]
         return Row(place, written, encode(self.tokenizer, question), rest, kind)
+
+    def _with_others(self, rows: list[Row], requests) -> list[Row]:
+        """The rows, in the order of their requests; in ttt_foreign each with another document of its task."""
+        if self.mode != FOREIGN:
+            return rows
+        others = next_texts([request.task_name for request in requests], [row.document for row in rows])
+        for request, other in zip(requests, others):
+            if other is None:
+                raise UserError(f"{named(request)}: {FOREIGN} writes another text of the task, and there is one alone; ask more of it (--limit), or take another mode")
+        return [replace(row, other=other) for row, other in zip(rows, others)]
 
     def _split(self, prompt: str, request) -> tuple[str, str]:
         """(document, question) of a prompt, the same in every mode; all of it is the document where that makes no difference."""
@@ -169,7 +183,8 @@ class ModeModel:
 
     def _asked(self, batch: Batch):
         documents, questions = [row.document for row in batch.items], [row.question for row in batch.items]
-        return asked(self.loaded.model, self.tokenizer, self.ttt, self.mode, documents, questions)
+        others = [row.other for row in batch.items] if self.mode == FOREIGN else None
+        return asked(self.loaded.model, self.tokenizer, self.ttt, self.mode, documents, questions, others)
 
     @torch.inference_mode()
     def _generate(self, batch: Batch) -> list[str]:
@@ -191,7 +206,7 @@ class ModeModel:
 
     def get_model_info(self) -> dict:
         """What lm-eval keeps beside its results."""
-        return {"mode": self.mode, "question_at": self.question_at, "arm": self.manifest.get("arm"), "model_sha256": self.loaded.sha256,
+        return {"mode": self.mode, "clip": self.clip, "question_at": self.question_at, "arm": self.manifest.get("arm"), "model_sha256": self.loaded.sha256,
                 "adapter_sha256": next(iter(self.manifest["files"].values())) if self.manifest else None,
                 "dtype": str(self.loaded.model.dtype).removeprefix("torch."), "commit": current_commit()}
 

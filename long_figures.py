@@ -61,7 +61,8 @@ def draw_accuracy(arms: list[dict], title: str, path: Path) -> None:
         for ax in axes[len(tasks) - columns:len(tasks)]:  # the lowest of each column, also above a spare one
             ax.tick_params(labelbottom=True)
         handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-        figure.legend(handles, labels, ncols=min(max(1, columns - 1), len(labels)), **LEGEND)
+        fit = int(figure.get_figwidth() / (0.07 * max(map(len, labels)) + 0.9))  # a letter and a handle, in inches
+        figure.legend(handles, labels, ncols=max(1, min(columns - 1, len(labels), fit)), **LEGEND)
         figure.savefig(path, dpi=plots.DPI)
 
 

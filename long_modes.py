@@ -15,6 +15,7 @@ run_long.py asks its own tasks in them, lm_eval_model.py those of lm-evaluation-
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from typing import Iterator, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class Words(NamedTuple):
     mode: str     # what stands before a mode's name
     adapter: str
     tuned: str
+    clip: str     # what stands before the number
 
 
 def default_mode(adapter, tuned) -> str | None:
@@ -55,8 +57,8 @@ def default_mode(adapter, tuned) -> str | None:
     return TUNED if tuned is not None else "in_context" if adapter is None else None
 
 
-def check_folders(modes, adapter, tuned, words: Words) -> None:
-    """UserError where the checkpoint folders of an arm and of a reader (None: not given) do not go together, or not with one of the modes."""
+def check_folders(modes, adapter, tuned, clip: float | None, words: Words) -> None:
+    """UserError where the checkpoint folders of an arm and of a reader (None: not given) do not go together, or not with one of the modes or with a clip."""
     if adapter is not None and tuned is not None:
         raise UserError(f"{words.before}{words.tuned}: its LoRA would stay on the base that {words.adapter} writes with; ask the two in runs of their own")
     for mode in modes:
@@ -65,6 +67,8 @@ def check_folders(modes, adapter, tuned, words: Words) -> None:
             raise UserError(f"{option}: {f'needs {words.tuned}' if mode == TUNED else f'with {words.tuned} there is {TUNED} alone'}")
         if mode not in PLAIN and adapter is None:
             raise UserError(f"{option}: needs {words.adapter}")
+    if clip is not None and adapter is None:
+        raise UserError(f"{words.before}{words.clip}{clip:g}: nothing is written without {words.adapter}; leave it out")
 
 
 def check_mode(mode: str, manifest: dict, option: str) -> None:
@@ -75,6 +79,18 @@ def check_mode(mode: str, manifest: dict, option: str) -> None:
         raise UserError(f"{option}: {manifest['arm']} has the base's own W_down, so an empty memory changes nothing; leave the mode out")
     if mode == "ttt_sharp" and manifest.get("ttt", {}).get("rule") != "ridge":
         raise UserError(f"{option}: {manifest.get('arm', 'a base')} has no slots that were solved for (rule ridge), which alone are read one by one; leave the mode out")
+
+
+def next_texts(kinds: list, texts: list) -> list:
+    """For each text the next one of its kind that is another, after the last the first again; None where its kind has no other. For ttt_foreign."""
+    alike = defaultdict(list)
+    for kind, text in zip(kinds, texts):
+        alike[kind].append(text)
+    places, others = defaultdict(int), []
+    for kind, text in zip(kinds, texts):
+        others.append(next((one for one in (*alike[kind][places[kind]:], *alike[kind]) if one != text), None))
+        places[kind] += 1
+    return others
 
 
 def writes_as_it_reads(config: TTTConfig) -> bool:

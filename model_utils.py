@@ -342,22 +342,26 @@ def tuned_manifest(folder, loaded: Loaded) -> dict:
     return manifest
 
 
-def load_arm(adapter, tuned, loaded: Loaded) -> tuple[InPlaceTTT | None, dict]:
-    """Put on the base what one of two checkpoint folders holds: adapter's fast weights, or tuned's LoRA (None: not given; the caller has refused both).
-    Returns (fast weights or None, manifest, empty for the base alone). Raises UserError as load_adapter, tuned_manifest and load_lora do."""
+def load_arm(adapter, tuned, loaded: Loaded, share: float | None, option: str) -> tuple[InPlaceTTT | None, dict]:
+    """Put on the base what one of two checkpoint folders holds: adapter's fast weights, clipped to a share (None: not), or tuned's LoRA (None: not given; the
+    caller has refused both, and a share without adapter). Returns (fast weights or None, manifest, empty for the base alone). Raises UserError as load_adapter,
+    clip, tuned_manifest and load_lora do."""
     if tuned is None:
-        return load_adapter(adapter, loaded) if adapter is not None else (None, {})
+        ttt, manifest = load_adapter(adapter, loaded) if adapter is not None else (None, {})
+        if share is not None:
+            clip(ttt, share, option)
+        return ttt, manifest
     manifest = tuned_manifest(tuned, loaded)
     load_lora(tuned, loaded)
     return None, manifest
 
 
-def clip(ttt: InPlaceTTT, share: float) -> None:
-    """ttt.clip for what a user asks; UserError where the arm has no chunks to clip."""
+def clip(ttt: InPlaceTTT, share: float, option: str = "--clip ") -> None:
+    """ttt.clip for what a user asks; UserError where the arm has no chunks to clip. option: what stands before the number on the command line."""
     try:
         ttt.clip(share)
     except ValueError as error:
-        raise UserError(f"--clip {share:g}: {str(error).removeprefix('TTT config: ')}") from error
+        raise UserError(f"{option}{share:g}: {str(error).removeprefix('TTT config: ')}") from error
 
 
 def load_lora(folder, loaded: Loaded, trainable: bool = False) -> PeftModel:

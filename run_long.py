@@ -25,14 +25,14 @@ from decoding import greedy
 from halving import Items, in_halves
 from in_place_ttt import InPlaceTTT
 from long_items import Item
-from long_modes import FOREIGN, MODES, TUNED, USUAL, Words, asked, check_folders, check_mode, default_mode
+from long_modes import FOREIGN, MODES, TUNED, USUAL, Words, asked, check_folders, check_mode, default_mode, next_texts
 from manifests import UserError, chosen, provenance, run_script, utc
-from model_utils import Loaded, clip, find_row, load_arm, load_model, pick_device
+from model_utils import Loaded, find_row, load_arm, load_model, pick_device
 from parallel import Group
 from prompts import encode, written_ids
 from results_files import Rows, ask_into, only_run, open_folder
 
-WORDS = Words("", "--modes ", "--adapter", "--tuned-adapter")
+WORDS = Words("", "--modes ", "--adapter", "--tuned-adapter", "--clip ")
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,11 @@ def plan(items: list[Item], modes, done: set, batch_tokens: int) -> list[Job]:
 
 def other_texts(items: list[Item]) -> dict[str, str]:
     """{item's name: the document of the next item of its task and length that is about another text}. UserError where all are about one."""
-    kinds, others = {}, {}
-    for item in items:
-        kinds.setdefault((item.task, item.length), []).append(item)
-    for (task, length), alike in kinds.items():
-        for place, item in enumerate(alike):
-            other = next((one.document for one in (*alike[place:], *alike) if one.document != item.document), None)
-            if other is None:
-                raise UserError(f"--modes {FOREIGN}: {task} at {length} tokens has one text alone; ask more of it (--count), or leave the mode out")
-            others[name_of(item)] = other
-    return others
+    others = next_texts([(item.task, item.length) for item in items], [item.document for item in items])
+    for item, other in zip(items, others):
+        if other is None:
+            raise UserError(f"--modes {FOREIGN}: {item.task} at {item.length} tokens has one text alone; ask more of it (--count), or leave the mode out")
+    return {name_of(item): other for item, other in zip(items, others)}
 
 
 def check_sources(out: Path, items: list[Item], done: set) -> None:
@@ -174,11 +169,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     usual = default_mode(arguments.adapter, arguments.tuned_adapter) or ",".join(USUAL)
     arguments.modes = chosen("--modes", arguments.modes or usual, (*MODES, TUNED))
-    check_folders(arguments.modes, arguments.adapter, arguments.tuned_adapter, WORDS)
+    check_folders(arguments.modes, arguments.adapter, arguments.tuned_adapter, arguments.clip, WORDS)
     if arguments.items and (arguments.tasks or arguments.lengths or arguments.count or arguments.source):
         raise UserError(f"--items {arguments.items}: the file says what is asked; leave --tasks, --lengths, --count and --source out")
-    if arguments.clip is not None and arguments.adapter is None:
-        raise UserError(f"--clip {arguments.clip:g}: nothing is written without --adapter; leave it out")
     for name in ("count", "batch_tokens", "workers"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use 1 or more")
@@ -191,9 +184,7 @@ def main() -> None:
     device, dtype, reason = pick_device(arguments.device, arguments.dtype, row)
     print(f"{row.name} on {reason}")
     loaded = load_model(arguments.model, device, dtype)
-    ttt, manifest = load_arm(arguments.adapter, arguments.tuned_adapter, loaded)
-    if arguments.clip is not None:
-        clip(ttt, arguments.clip)
+    ttt, manifest = load_arm(arguments.adapter, arguments.tuned_adapter, loaded, arguments.clip, WORDS.clip)
     for mode in arguments.modes:
         check_mode(mode, manifest, f"--modes {mode}")
     items, left_out = choose_items(arguments, loaded)

@@ -14,14 +14,15 @@ import run_long
 from decoding import pad_left
 from lm_eval_model import ModeModel, cut, generation
 from long_items import Item
-from long_modes import PLAIN, TUNED
+from long_modes import FOREIGN, PLAIN, TUNED
 from manifests import UserError, file_sha256
 from model_utils import load_model
 from prompts import encode, written_ids
 
 NEW, WHOLE = 6, None  # tokens of an answer; an arm whose chunk is the whole text
 ARMS = {"in_context": ("in_context", None), "reader": (TUNED, None),
-        "paper, chunks": ("ttt_paper", 16), "paper, whole": ("ttt_paper", WHOLE), "strict, chunks": ("ttt_strict", 16)}
+        "paper, chunks": ("ttt_paper", 16), "paper, whole": ("ttt_paper", WHOLE), "strict, chunks": ("ttt_strict", 16),
+        "foreign, chunks": (FOREIGN, 16), "foreign, whole": (FOREIGN, WHOLE)}
 DOCUMENTS = [f"The magic number of {name} is {number}.\nThe grass is green. Here we go." for name, number in (("Odo", 71), ("Bettina", 4083), ("Kim", 5))]
 QUESTION = "\nWhat is the magic number? It is"
 
@@ -74,7 +75,7 @@ def asked_for(settings=None, documents=DOCUMENTS):
 def test_an_answer_is_the_one_of_run_long(arm, name):
     lm = arm(name, batch_size=2)
     items = [Item("niah_small", 1024, document, QUESTION, ("71",), "string_match_all", NEW, 0, 0, i) for i, document in enumerate(DOCUMENTS)]
-    rows = run_long.answer(lm.loaded, lm.ttt, run_long.Job(items, ARMS[name][0]), {})
+    rows = run_long.answer(lm.loaded, lm.ttt, run_long.Job(items, ARMS[name][0]), run_long.other_texts(items))
     assert [said.strip() for said in lm.generate_until(asked_for())] == [row["prediction"] for row in rows]
 
 
@@ -98,9 +99,9 @@ def test_likelihoods_are_those_of_the_answers_and_of_no_batch(arm, name):
 @pytest.mark.parametrize("name", [name for name in ARMS if name != "paper, chunks"])  # there the question is written too, and an answer is not
 def test_a_likelihood_is_the_sum_over_the_tokens_one_by_one(arm, name):
     """log p(a b) = log p(a) + log p(b after a) where a question's words do not change what is written."""
-    lm, text = arm(name), "71."
-    whole = lm.loglikelihood([Request((DOCUMENTS[0] + QUESTION, text))])[0][0]
-    parts = lm.loglikelihood([Request((DOCUMENTS[0] + QUESTION + text[:i], text[i])) for i in range(len(text))])
+    lm, text, other = arm(name), "71.", Request((DOCUMENTS[1] + QUESTION, "1"))  # for ttt_foreign
+    whole = lm.loglikelihood([Request((DOCUMENTS[0] + QUESTION, text)), other])[0][0]
+    parts = lm.loglikelihood([*(Request((DOCUMENTS[0] + QUESTION + text[:i], text[i])) for i in range(len(text))), other])[:-1]
     assert whole == pytest.approx(sum(score for score, _ in parts), abs=1e-4)
 
 
@@ -214,7 +215,8 @@ def test_what_is_no_greedy_answer_is_refused(arm, settings, words):
 
 
 @pytest.mark.parametrize("more, words", [
-    ({"mode": "magic"}, "mode=magic"), ({"mode": "ttt_foreign", "adapter": "x"}, "mode=ttt_foreign: .*one by one, so there is no other text"),
+    ({"mode": "magic"}, "mode=magic"), ({"mode": "ttt_foreign"}, "mode=ttt_foreign: needs adapter"),
+    ({"clip": 0.001}, "clip=0.001: nothing is written without adapter=FOLDER"), ({"clip": "some", "adapter": "x", "mode": "ttt_paper"}, "clip=some: give a share"),
     ({"mode": "ttt_strict"}, "needs adapter"), ({"adapter": "x"}, "mode=None"), ({"pretrained": "x"}, "pretrained"),
     ({"batch_size": "auto"}, "--batch_size auto"), ({"dtype": "int8"}, "dtype=int8"), ({"device": "mps"}, "--device mps"), ({"model": "nothing"}, "nothing"),
     ({"mode": "in_context_tuned"}, "mode=in_context_tuned: needs tuned_adapter=FOLDER"),
@@ -226,6 +228,28 @@ def test_bad_arguments(more, words):
     with pytest.raises(UserError, match=words) as error:
         ModeModel(**{"model": "tiny-qwen2"} | more)
     assert "\n" not in str(error.value)
+
+
+def test_another_text_is_the_next_of_its_task_that_is_asked(arm):
+    """Of two tasks and several requests about one text; a task with one text alone has no other."""
+    lm, seen = arm("foreign, whole", batch_size=4), []
+    ids = {document: written_ids(lm.tokenizer, document) for document in DOCUMENTS}
+    lm._answers = lambda rows, ask, quiet: seen.extend((row.document, row.other) for row in rows)
+    requests = [Request((document + QUESTION, choice), task_name=task) for task, documents in (("niah_a", DOCUMENTS), ("niah_b", DOCUMENTS[:2])) for document in documents for choice in " 7"]
+    lm.loglikelihood(requests)
+    a, b, c = (ids[document] for document in DOCUMENTS)
+    assert seen == [(one, other) for one, other in ((a, b), (b, c), (c, a), (a, b), (b, a)) for _ in " 7"]
+    with pytest.raises(UserError, match="niah_small document 0: ttt_foreign writes another text of the task, and there is one alone; ask more of it"):
+        lm.generate_until(asked_for(documents=DOCUMENTS[:1]))
+
+
+def test_a_clipped_arm_is_asked_clipped(arm, model):
+    plain, tight = (ModeModel(model=model, adapter=arm.folders[16], mode="ttt_paper", device="cpu", **more) for more in ({}, {"clip": 1e-9}))
+    base = arm("in_context").generate_until(asked_for())
+    assert tight.generate_until(asked_for()) == base != plain.generate_until(asked_for())  # next to nothing is written
+    assert tight.get_model_info()["clip"] == 1e-9 and plain.get_model_info()["clip"] is None
+    with pytest.raises(UserError, match="--model_args clip=0.001: "):
+        ModeModel(model=model, adapter=arm.folders[WHOLE], mode="ttt_strict", device="cpu", clip=0.001)
 
 
 def test_adapters_in_each_others_place(arm, model):
@@ -324,6 +348,14 @@ def test_its_command_line_drives_a_reader(command_line, arm):
                          (f"mode={TUNED}", f"mode={TUNED}: needs tuned_adapter=FOLDER")):
         _, code, err, _, _ = command_line(wrong)
         assert code == 2 and words in err.splitlines()[-1]
+
+
+def test_its_command_line_takes_a_clip_and_asks_with_another_texts_memory(command_line, arm, model):
+    _, code, err, results, samples = command_line(f"adapter={arm.folders[16]},mode={FOREIGN},clip=0.1,question_at=What ")
+    assert code == 0, err
+    same = ModeModel(model=model, adapter=arm.folders[16], mode=FOREIGN, clip=0.1, question_at="What ", device="cpu")
+    assert results["config"]["mode"] == FOREIGN and results["config"]["clip"] == 0.1
+    assert [row["resps"][0][0] for row in samples["small_answer"]] == same.generate_until(asked_for())
 
 
 def test_in_context_is_what_its_own_model_class_says(harness, arm):
