@@ -444,19 +444,22 @@ def test_the_studys_rows_are_commands_that_the_scripts_take(tmp_path, monkeypatc
         config = train_minimal.ttt_config(arguments, arguments.row)
         assert config.w_down == row.name.endswith("wdown") and config.layers == arguments.row.study.layers and config.chunk < arguments.length
         assert arguments.objective == ("recall" if row.name.endswith("recall") else "lm") and train_minimal.parse_groups(arguments) if arguments.groups else True
+        modes = ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
         for asking in near:
             monkeypatch.setattr("sys.argv", asking)
-            assert run_long.parse_arguments().modes == ["ttt_empty"] * config.w_down + ["ttt_paper", "ttt_strict"]
-        assert arguments.data == ("package-docs" if "-docs" in row.name else "bank") and len(clipped) == 2 * len(row.clips)
+            assert run_long.parse_arguments().modes == modes
+        assert arguments.data == ("package-docs" if "-docs" in row.name else "bank")
+        assert row.far == (() if row.seed or row.name.startswith("smollm2") else ("16384", "32768"))
         for length, again in zip(row.far, far):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
-            assert asked.lengths == length and asked.clip is None and asked.modes == ["ttt_paper", "ttt_strict"] and asked.out.endswith(f"{row.name}-at-{length}")
-        wanted = [(clip, count, *which) for clip, count in row.clips for which in (("ttt_paper", ""), ("ttt_foreign", "-foreign"))]
-        for (clip, count, mode, name), again in zip(wanted, clipped):
+            assert asked.lengths == length and asked.clip is None and asked.modes == modes and asked.out.endswith(f"{row.name}-at-{length}")
+        wanted = [(clip, count, *which, reproduce.SHORT) for clip, count in row.clips for which in (("ttt_paper", ""), ("ttt_foreign", "-foreign"))]
+        wanted += [(clip, reproduce.FEW, "ttt_paper", f"-at-{length}", length) for clip, _ in row.clips for length in row.far]
+        for (clip, count, mode, name, lengths), again in zip(wanted, clipped, strict=True):
             monkeypatch.setattr("sys.argv", again)
             asked = run_long.parse_arguments()
-            assert asked.clip == float(clip) and asked.count == int(count) and asked.modes == [mode] and asked.out.endswith(f"{row.name}-clip-{clip}{name}")
+            assert asked.clip == float(clip) and asked.count == int(count) and asked.lengths == lengths and asked.modes == [mode] and asked.out.endswith(f"{row.name}-clip-{clip}{name}")
     arguments = types.SimpleNamespace(only=["smollm2-study"], out=tmp_path)
     folder = tmp_path / "results/long"
     folders = " ".join(str(folder / f"smollm2-study{more}") for more in ("", "-clip-0.001", "-clip-0.001-foreign"))
