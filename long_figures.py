@@ -1,6 +1,7 @@
 """How report_long.py names and draws arms: score, seconds and memory against the length of the text, two figures for each model and kind of arm."""
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -45,7 +46,8 @@ def draw_accuracy(arms: list[dict], title: str, path: Path) -> None:
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for spare in axes[len(tasks):]:
             spare.set_visible(False)
-        figure.suptitle(f"{title}: score by tokens of prompt and answer (bars: 95% bootstrap over texts)")
+        title = f"{title}: score by tokens of prompt and answer (bars: 95% bootstrap over texts)"
+        figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() / 0.1)))  # inches of a letter
         lines = lines_of(arms)
         for ax, task in zip(axes, tasks):
             for number, (label, (look, cells)) in enumerate(lines.items()):

@@ -93,6 +93,8 @@ class WithMemory:
         """
         if memory is None:
             return super().generate(inputs, generation_config, **named)
+        if not hasattr(memory, "layers"):  # no isinstance: each exported folder has a class Memory of its own
+            raise ValueError(f"memory: a {type(memory).__name__}; give what write or load_memory returned (texts written in one call are the rows of one memory)")
         given = generation_config.to_dict() if generation_config is not None else {}
         # of the model's own, but for Gemma's wish for a static cache; then the caller's
         check_options(self.generation_config.to_dict() | {"cache_implementation": None} | {n: v for n, v in given.items() if v is not None} | named)

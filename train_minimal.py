@@ -388,7 +388,8 @@ def train_arm(group: Group) -> None:
     path = folder / LOG if group.leads else Path(os.devnull)
     with naming(path), path.open("a+b") as log:
         run_training(arguments, lambda: train(arguments, loaded, arm, optimizer, dataset, first, losses, log, save, group), folder, group)
-    group.say(f"the base is unchanged (sha256 {digest[:12]}); next: python run_experiment.py --model {arguments.model} "
+    long = not arguments.joint and (arguments.form == "study" or arguments.data == "needles")  # what the arm was trained for
+    group.say(f"the base is unchanged (sha256 {digest[:12]}); next: python {'run_long.py' if long else 'run_experiment.py'} --model {arguments.model} "
               f"{'--adapter' if arm.ttt else '--tuned-adapter'} {folder}{' --conditions B_memory,B_swapped,B_merged_4,D_distractor,A_foreign' if arguments.joint else ''}")
 
 

@@ -358,6 +358,8 @@ def test_masks_and_rows_that_cannot_be(opened, monkeypatch):
             model.generate(ids, attention_mask=mask, memory=memory, head_tokens=head, max_new_tokens=2)
     with pytest.raises(ValueError, match="input_ids: missing"):
         model.generate(memory=memory)
+    with pytest.raises(ValueError, match="memory: a list; give what write or load_memory returned"):
+        model.generate(ids, attention_mask=mask, memory=[memory, memory], max_new_tokens=2)
     with pytest.raises(ValueError, match="row 1 has no token"):
         model.write(ids, mask * torch.tensor([[1], [0], [1]]))
     monkeypatch.setattr(model.config, "max_position_embeddings", 29)

@@ -155,7 +155,7 @@ def test_an_arm_with_w_down_is_trained_kept_and_loaded(name, tmp_path, call, tex
     """From the paper's start conv moves first, and P as soon as conv is not 0. Nothing of the base itself changes, W_down neither."""
     code, out, err = call(study(tmp_path, texts, "--w-down", "--layers", "1,3", model=name, updates=3))
     manifest, tensors = read_manifest(tmp_path / "a"), load_file(tmp_path / "a/adapter.safetensors")
-    assert code == 0 and "the base is unchanged" in out, err
+    assert code == 0 and "the base is unchanged" in out and "next: python run_long.py --model" in out, err
     assert manifest["frozen"] is False and manifest["lora"] is None and manifest["ttt"]["w_down"] and manifest["optimizer"]["length"] == 60
     assert set(tensors) == {f"{i}.{part}" for i in (1, 3) for part in ("conv", "proj", "down_delta")}
     assert all(tensors[f"{i}.{part}"].any() for i in (1, 3) for part in ("conv", "down_delta"))
