@@ -15,7 +15,7 @@ run_long.py asks its own tasks in them, lm_eval_model.py those of lm-evaluation-
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from itertools import chain
 from typing import Iterator, NamedTuple
 
 import torch
@@ -83,13 +83,10 @@ def check_mode(mode: str, manifest: dict, option: str) -> None:
 
 def next_texts(kinds: list, texts: list) -> list:
     """For each text the next one of its kind that is another, after the last the first again; None where its kind has no other. For ttt_foreign."""
-    alike = defaultdict(list)
-    for kind, text in zip(kinds, texts):
-        alike[kind].append(text)
-    places, others = defaultdict(int), []
-    for kind, text in zip(kinds, texts):
-        others.append(next((one for one in (*alike[kind][places[kind]:], *alike[kind]) if one != text), None))
-        places[kind] += 1
+    others, count = [], len(texts)
+    for place, (kind, text) in enumerate(zip(kinds, texts)):
+        further = chain(range(place + 1, count), range(place))
+        others.append(next((texts[one] for one in further if kinds[one] == kind and texts[one] != text), None))
     return others
 
 
